@@ -1,0 +1,188 @@
+"""params.yaml as frozen, strict, typed objects. The only reader of YAML in the project.
+
+Read with ruamel in its safe YAML 1.2 mode, as DVC does: PyYAML takes `1e-4` for a string.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.errors import UserError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: no unknown keys, no silent conversion from text, no change after reading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataParams(Section):
+    raw: str
+
+
+class FetchParams(Section):
+    source: Literal["digits", "idx"]
+    idx_dir: str | None
+
+    @model_validator(mode="after")
+    def _idx_needs_a_folder(self) -> FetchParams:
+        if self.source == "idx" and self.idx_dir is None:
+            raise ValueError("source is idx, so idx_dir must name the folder with the *-ubyte files")
+        return self
+
+
+class ShardParams(Section):
+    image_size: Annotated[int, Field(ge=4, le=4096)] | Literal["auto"]
+    channels: Literal[1, 3, "auto"]
+    encoding: Literal["raw", "png", "auto"]
+    shard_images: Positive
+    max_broken_share: Share
+
+
+class ReferenceParams(Section):
+    extractor: Literal["efficientnet_lite0"]
+
+
+class ScheduleParams(Section):
+    beta_schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+    timesteps: Annotated[int, Field(ge=2)]
+    linear_start: Annotated[float, Field(gt=0.0, lt=1.0)]
+    linear_end: Annotated[float, Field(gt=0.0, lt=1.0)]
+    cosine_s: Annotated[float, Field(ge=0.0)]
+    v_posterior: Share
+
+
+class ModelParams(Section):
+    parameterization: Literal["eps", "x0", "v"]
+    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channel_multipliers: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"]
+    num_blocks: Positive
+    attention_resolutions: list[Positive]
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class TrainParams(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    total_images: Positive
+    batch_size: Positive
+    learning_rate: Annotated[float, Field(gt=0.0)]
+    warmup_images: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    max_grad_norm: Annotated[float, Field(gt=0.0)]
+    ema_half_life_images: Positive
+    label_dropout: Share
+    horizontal_flip: bool
+    loss_type: Literal["l1", "l2", "huber"]
+    l_simple_weight: Annotated[float, Field(ge=0.0)]
+    original_elbo_weight: Annotated[float, Field(ge=0.0)]
+    precision: Literal["float32", "bfloat16", "auto"]
+    log_every_images: Positive
+    checkpoint_every_images: Positive
+    preview_every_images: Positive
+
+    @model_validator(mode="after")
+    def _some_loss_is_left(self) -> TrainParams:
+        if self.l_simple_weight == 0.0 and self.original_elbo_weight == 0.0:
+            raise ValueError("l_simple_weight and original_elbo_weight are both 0, so there is nothing to minimise")
+        return self
+
+
+class SampleParams(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    num_samples: Annotated[int, Field(ge=2)]
+    sampler: Literal["ddim", "ddpm"]
+    steps: Positive
+    eta: Share
+    guidance: float
+
+
+class EvaluateParams(Section):
+    classifier_images: Annotated[int, Field(ge=10)]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    data: DataParams
+    fetch: FetchParams
+    shard: ShardParams
+    reference: ReferenceParams
+    schedule: ScheduleParams
+    model: ModelParams
+    train: TrainParams
+    sample: SampleParams
+    evaluate: EvaluateParams
+
+    @model_validator(mode="after")
+    def _steps_fit_the_schedule(self) -> Params:
+        if self.sample.steps > self.schedule.timesteps:
+            raise ValueError(
+                f"sample.steps is {self.sample.steps}, more than the {self.schedule.timesteps} of schedule.timesteps"
+            )
+        return self
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or has a key that is unknown, missing or out of range; the
+            message names every such key by its full path with what is allowed.
+    """
+    path = Path(path)
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: run from the repository's root, where params.yaml lies") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}")
+    return params_from(content, where=str(path))
+
+
+def params_from(content: dict[str, Any], *, where: str) -> Params:
+    """Check a nested dictionary against :class:`Params`; `where` names its origin in error messages."""
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        problems: dict[str, list[str]] = {}
+        for item in error.errors():
+            # A union reports one problem per member under KEY.MEMBER; fold them into one line for KEY.
+            location = [str(part) for part in item["loc"]]
+            key = ".".join(location[:2]) or "params"
+            given = "" if item["type"] in {"missing", "value_error"} else f" (found {item['input']!r})"
+            problems.setdefault(key, []).append(_plain(item) + given)
+        lines = "; ".join(f"{key}: {' or '.join(dict.fromkeys(texts))}" for key, texts in problems.items())
+        raise UserError(f"{where}: {lines}") from None
+
+
+def _plain(item: Any) -> str:
+    """One pydantic problem in the words of a person who edits params.yaml."""
+    match item["type"]:
+        case "missing":
+            return "missing; add it, see the params.yaml of the repository"
+        case "extra_forbidden":
+            known = ", ".join(Params.model_fields) if len(item["loc"]) == 1 else _known_keys(str(item["loc"][0]))
+            return f"unknown key; known here: {known}"
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case _:
+            return str(item["msg"]).removeprefix("Input ")
+
+
+def _known_keys(section: str) -> str:
+    annotation = Params.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, Section)
+    return ", ".join(annotation.model_fields)

@@ -1,0 +1,54 @@
+"""params.yaml: what is shipped is valid, and a slip is named by key with what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_params
+from pipeline.errors import UserError
+from pipeline.machine import load_machine
+
+SHIPPED = Path(__file__).parents[2] / "params.yaml"
+
+
+def test_the_shipped_params_are_valid() -> None:
+    assert load_params(SHIPPED).train.learning_rate == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("learning_rate: 1.0e-3", "learning_rate: -1.0", ["train.learning_rate", "greater than 0", "-1.0"]),
+        ("beta_schedule: cosine", "beta_schedule: cosin", ["schedule.beta_schedule", "'scaled_linear'", "'cosin'"]),
+        ("  batch_size: 64 ", "  batchsize: 64 ", ["train.batchsize: unknown key", "train.batch_size: missing"]),
+        ("image_size: auto", "image_size: big", ["shard.image_size", "'auto'", "'big'"]),
+        ("source: digits", "source: idx", ["fetch", "idx_dir"]),
+        ("  steps: 50", "  steps: 5000", ["sample.steps is 5000", "schedule.timesteps"]),
+        ("data:", "data: [", ["line", "not valid YAML"]),
+    ],
+)
+def test_a_slip_is_one_line_that_names_key_and_remedy(tmp_path: Path, old: str, new: str, expected: list[str]) -> None:
+    text = SHIPPED.read_text()
+    assert text.count(old) >= 1
+    (tmp_path / "params.yaml").write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError) as caught:
+        load_params(tmp_path / "params.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in expected), message
+
+
+def test_exponents_without_a_point_are_numbers_as_for_dvc(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(SHIPPED.read_text().replace("learning_rate: 1.0e-3", "learning_rate: 1e-4"))
+    assert load_params(tmp_path / "params.yaml").train.learning_rate == pytest.approx(1e-4)
+
+
+def test_a_missing_file_says_where_to_run_from(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run from the repository's root"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", ["PIPELINE_PROCESSES", "PIPELINE_DEVICE", "PIPELINE_MICROBATCH"])
+def test_a_wrong_machine_variable_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        load_machine({name: "none", "PATH": "ignored"})
