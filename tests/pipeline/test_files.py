@@ -9,7 +9,7 @@ from pipeline.runtime.files import load_json, save_json, whole_file, whole_folde
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
     save_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a.json") as aside:
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a.json") as aside:  # noqa: PT012
         aside.write_text("{half")
         raise KeyboardInterrupt
     assert load_json(tmp_path / "a.json") == {"old": 1}
