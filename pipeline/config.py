@@ -52,7 +52,7 @@ class ReferenceParams(Section):
 
 
 class ScheduleParams(Section):
-    beta_schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+    beta_schedule: Literal["linear", "scaled_linear", "cosine"]
     timesteps: Annotated[int, Field(ge=2)]
     linear_start: Annotated[float, Field(gt=0.0, lt=1.0)]
     linear_end: Annotated[float, Field(gt=0.0, lt=1.0)]

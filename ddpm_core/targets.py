@@ -1,0 +1,75 @@
+"""What the network predicts: eps, x0 or v, and each from any other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ddpm_core.schedules import NoiseSchedule, at
+
+PARAMETERIZATIONS = ("eps", "x0", "v")
+
+
+def to_target(schedule: NoiseSchedule, parameterization: str, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What a network with this parameterization should output for a given x0 and noise.
+
+    `v` is sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans and Ho 2022, section 4).
+
+    Args:
+        schedule: the tables.
+        parameterization: one of `PARAMETERIZATIONS`.
+        x0, noise: (b, ...).
+        t: (b,) int64 in [0, T).
+
+    Returns:
+        (b, ...).
+
+    Raises:
+        ValueError: the parameterization is unknown.
+    """
+    match parameterization:
+        case "eps":
+            return noise
+        case "x0":
+            return x0
+        case "v":
+            signal = at(schedule.sqrt_alphas_cumprod, t, x0)
+            return signal * noise - at(schedule.sqrt_one_minus_alphas_cumprod, t, x0) * x0
+    raise ValueError(f"parameterization {parameterization!r} is unknown; known: {', '.join(PARAMETERIZATIONS)}")
+
+
+def predict_start_from_noise(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x0 = x_t / sqrt(abar) - sqrt(1 / abar - 1) eps, the inverse of `q_sample`. Shapes as there; not clipped."""
+    start = at(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+    return start - at(schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
+
+
+def predict_noise_from_start(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """eps = (x_t - sqrt(abar) x0) / sqrt(1 - abar). Shapes as in `q_sample`; also re-derives eps from a clipped x0."""
+    residue = x_t - at(schedule.sqrt_alphas_cumprod, t, x_t) * x0
+    return residue / at(schedule.sqrt_one_minus_alphas_cumprod, t, x_t)
+
+
+def to_x0(schedule: NoiseSchedule, parameterization: str, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The x0 that a network's output stands for.
+
+    Args:
+        schedule: the tables.
+        parameterization: one of `PARAMETERIZATIONS`.
+        output, x_t: (b, ...).
+        t: (b,) int64 in [0, T).
+
+    Returns:
+        (b, ...), not clipped.
+
+    Raises:
+        ValueError: the parameterization is unknown.
+    """
+    match parameterization:
+        case "eps":
+            return predict_start_from_noise(schedule, x_t, t, output)
+        case "x0":
+            return output
+        case "v":
+            signal = at(schedule.sqrt_alphas_cumprod, t, x_t)
+            return signal * x_t - at(schedule.sqrt_one_minus_alphas_cumprod, t, x_t) * output
+    raise ValueError(f"parameterization {parameterization!r} is unknown; known: {', '.join(PARAMETERIZATIONS)}")
