@@ -34,7 +34,7 @@ def to_target(schedule: NoiseSchedule, parameterization: str, x0: Tensor, noise:
         case "v":
             signal = at(schedule.sqrt_alphas_cumprod, t, x0)
             return signal * noise - at(schedule.sqrt_one_minus_alphas_cumprod, t, x0) * x0
-    raise ValueError(f"parameterization {parameterization!r} is unknown; known: {', '.join(PARAMETERIZATIONS)}")
+    raise _unknown(parameterization)
 
 
 def predict_start_from_noise(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -72,4 +72,9 @@ def to_x0(schedule: NoiseSchedule, parameterization: str, output: Tensor, x_t: T
         case "v":
             signal = at(schedule.sqrt_alphas_cumprod, t, x_t)
             return signal * x_t - at(schedule.sqrt_one_minus_alphas_cumprod, t, x_t) * output
-    raise ValueError(f"parameterization {parameterization!r} is unknown; known: {', '.join(PARAMETERIZATIONS)}")
+    raise _unknown(parameterization)
+
+
+def _unknown(parameterization: str) -> ValueError:
+    known = ", ".join(PARAMETERIZATIONS)
+    return ValueError(f"parameterization {parameterization!r} is unknown; known: {known}")

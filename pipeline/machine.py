@@ -1,7 +1,7 @@
 """What this machine offers a run: processes, threads, micro-batch, folders. Speed, never results.
 
 Everything here comes from the environment, so that moving to another machine leaves params.yaml, and with it every
-DVC stage, as it is. `python -m pipeline.doctor` prints what each variable amounts to.
+DVC stage, as it is.
 """
 
 from __future__ import annotations
