@@ -1,0 +1,53 @@
+"""The mathematics of denoising diffusion: schedules, losses, samplers, networks. Needs torch and einops, nothing else.
+
+Shapes: x is (b, ...), t is (b,) int64 in [0, T). Randomness is an argument; nothing here reads a file, an environment
+variable or a rank.
+"""
+
+from ddpm_core.conditioning import ClassEmbedding, drop_labels, timestep_embedding
+from ddpm_core.ema import EMA
+from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
+from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, p_losses, weighted_loss
+from ddpm_core.nn.unet import UNet
+from ddpm_core.noising import q_posterior, q_sample
+from ddpm_core.samplers.ddim import sample_ddim
+from ddpm_core.samplers.ddpm import sample_ddpm
+from ddpm_core.samplers.grid import SPACINGS, make_timesteps
+from ddpm_core.schedules import BETA_SCHEDULES, NoiseSchedule, make_betas, register_schedule
+from ddpm_core.targets import (
+    PARAMETERIZATIONS,
+    predict_noise_from_start,
+    predict_start_from_noise,
+    to_target,
+    to_x0,
+)
+
+__all__ = [
+    "BETA_SCHEDULES",
+    "EMA",
+    "LOSS_TYPES",
+    "PARAMETERIZATIONS",
+    "SPACINGS",
+    "ClassEmbedding",
+    "ClassifierFreeGuidance",
+    "Denoiser",
+    "DiffusionLoss",
+    "NoiseSchedule",
+    "UNet",
+    "drop_labels",
+    "get_loss",
+    "make_betas",
+    "make_timesteps",
+    "p_losses",
+    "predict_noise_from_start",
+    "predict_start_from_noise",
+    "q_posterior",
+    "q_sample",
+    "register_schedule",
+    "sample_ddim",
+    "sample_ddpm",
+    "timestep_embedding",
+    "to_target",
+    "to_x0",
+    "weighted_loss",
+]

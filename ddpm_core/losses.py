@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from ddpm_core.guidance import Denoiser
+from ddpm_core.noising import q_sample
 from ddpm_core.schedules import NoiseSchedule
+from ddpm_core.targets import to_target
 
 _ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "l1": functional.l1_loss,
@@ -71,3 +74,46 @@ def weighted_loss(
     weights: Tensor = getattr(schedule, f"lvlb_weights_{parameterization}")
     loss_vlb = weights[t] * per_image
     return DiffusionLoss(l_simple_weight * per_image + original_elbo_weight * loss_vlb, per_image, loss_vlb)
+
+
+def p_losses(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    condition: Tensor | None = None,
+    *,
+    parameterization: str = "eps",
+    loss_type: str = "l2",
+    l_simple_weight: float = 1.0,
+    original_elbo_weight: float = 0.0,
+) -> DiffusionLoss:
+    """Noise the data, ask the network, compare: the whole training loss of a batch.
+
+    **Source**: Ho et al. 2020, algorithm 1 (simple) and equation 12 (VLB).
+
+    Args:
+        denoiser: the network under training.
+        schedule: the tables, on the device of `x0`.
+        x0: (b, ...) data in [-1, 1].
+        t: (b,) int64 in [0, T).
+        noise: standard normal of the shape of `x0`.
+        condition: passed to the network: (b,) labels, null label included where it was dropped.
+        parameterization: what the network predicts, one of `PARAMETERIZATIONS`.
+        loss_type: one of `LOSS_TYPES`.
+        l_simple_weight, original_elbo_weight: weights of the two parts.
+
+    Returns:
+        the loss and its parts, each (b,) float32.
+    """
+    prediction = denoiser(q_sample(schedule, x0, t, noise), t, condition).float()
+    per_image = get_loss(prediction, to_target(schedule, parameterization, x0, noise, t), loss_type)
+    return weighted_loss(
+        schedule,
+        parameterization,
+        per_image,
+        t,
+        l_simple_weight=l_simple_weight,
+        original_elbo_weight=original_elbo_weight,
+    )

@@ -101,6 +101,7 @@ class NoiseSchedule(nn.Module):
         super().__init__()
         if not 0 <= v_posterior <= 1:
             raise ValueError(f"v_posterior is {v_posterior}, expected a number in [0, 1]")
+        self.v_posterior = v_posterior
         for name, table in make_tables(_checked(betas), v_posterior).items():
             self.register_buffer(name, table.float(), persistent=False)
 

@@ -49,14 +49,15 @@ def predict_noise_from_start(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x0
     return residue / at(schedule.sqrt_one_minus_alphas_cumprod, t, x_t)
 
 
-def to_x0(schedule: NoiseSchedule, parameterization: str, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The x0 that a network's output stands for.
+def x0_from_output(
+    parameterization: str, output: Tensor, x_t: Tensor, signal: Tensor | float, sigma: Tensor | float
+) -> Tensor:
+    """The x0 that a network's output stands for, where x_t = signal x0 + sigma eps.
 
     Args:
-        schedule: the tables.
         parameterization: one of `PARAMETERIZATIONS`.
         output, x_t: (b, ...).
-        t: (b,) int64 in [0, T).
+        signal, sigma: sqrt(abar) and sqrt(1 - abar), numbers or shaped to multiply x_t.
 
     Returns:
         (b, ...), not clipped.
@@ -66,13 +67,18 @@ def to_x0(schedule: NoiseSchedule, parameterization: str, output: Tensor, x_t: T
     """
     match parameterization:
         case "eps":
-            return predict_start_from_noise(schedule, x_t, t, output)
+            return (x_t - sigma * output) / signal
         case "x0":
             return output
         case "v":
-            signal = at(schedule.sqrt_alphas_cumprod, t, x_t)
-            return signal * x_t - at(schedule.sqrt_one_minus_alphas_cumprod, t, x_t) * output
+            return signal * x_t - sigma * output
     raise _unknown(parameterization)
+
+
+def to_x0(schedule: NoiseSchedule, parameterization: str, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """:func:`x0_from_output` with the tables' entries at (b,) steps `t`."""
+    signal = at(schedule.sqrt_alphas_cumprod, t, x_t)
+    return x0_from_output(parameterization, output, x_t, signal, at(schedule.sqrt_one_minus_alphas_cumprod, t, x_t))
 
 
 def _unknown(parameterization: str) -> ValueError:

@@ -1,0 +1,48 @@
+"""Denoisers that wrap a denoiser: a sampler sees no difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x_t (b, ...), t (b,) int64, condition or None) -> the network's output, of the shape of x_t."""
+
+
+class ClassifierFreeGuidance:
+    """null + scale * (conditional - null): 1 is purely conditional, 0 purely unconditional, above 1 sharpens.
+
+    Both are one batched call; at 0 and 1 only the one that counts is made. eps, x0 and v are linear in each other given
+    x_t, so guiding any of them guides all.
+
+    **Source**: Ho and Salimans 2022, equation 6, whose w is our scale - 1.
+
+    Args:
+        denoiser: takes labels in [0, null_label].
+        scale: the guidance scale.
+        null_label: the label of "no class".
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float, null_label: int) -> None:
+        self.denoiser = denoiser
+        self.scale = scale
+        self.null_label = null_label
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The guided output; with `labels` None it is the unconditional one.
+
+        Args:
+            x_t: (b, ...).
+            t: (b,) int64.
+            labels: (b,) int64 or None.
+        """
+        if labels is None or self.scale == 1:
+            return self.denoiser(x_t, t, labels)
+        null = torch.full_like(labels, self.null_label)
+        if self.scale == 0:
+            return self.denoiser(x_t, t, null)
+        both = self.denoiser(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((labels, null)))
+        conditional, unconditional = both.chunk(2)
+        return torch.lerp(unconditional, conditional, self.scale)

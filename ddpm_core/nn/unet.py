@@ -1,0 +1,133 @@
+"""The U-Net that predicts eps, x0 or v."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ddpm_core.conditioning import ClassEmbedding, timestep_embedding
+from ddpm_core.nn.attention import SelfAttention
+from ddpm_core.nn.blocks import Downsample, ResidualBlock, Upsample, make_norm, zero_init
+
+
+class Stage(nn.Module):
+    """A residual block and, where asked for, self-attention after it."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, attend: bool) -> None:
+        super().__init__()
+        self.block = ResidualBlock(in_channels, out_channels, embedding_dim, dropout)
+        self.attention = SelfAttention(out_channels) if attend else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(b, in, h, w), (b, embedding_dim) -> (b, out, h, w)."""
+        return self.attention(self.block(x, embedding))  # type: ignore[no-any-return]
+
+
+class UNet(nn.Module):
+    """Residual blocks down and up a pyramid of resolutions, joined by skip connections.
+
+    **Source**: Ho et al. 2020, appendix B, with the adaptive group norm, zero-initialised residual outputs and heads of
+    64 channels of Dhariwal and Nichol 2021.
+
+    Args:
+        image_size: height and width in pixels; divisible by 2 ** (levels - 1).
+        channels: of the image.
+        num_classes: 0 for a network without class embedding.
+        base_channels: channels at full resolution; a multiple of 8.
+        channel_multipliers: one for each resolution, full resolution first.
+        num_blocks: residual blocks at each resolution on the way down (one more on the way up).
+        attention_resolutions: heights in pixels at which blocks are followed by self-attention.
+        dropout: in the residual blocks.
+
+    Raises:
+        ValueError: the image size can't be halved that often.
+
+    Example:
+        >>> network = UNet(image_size=8, channels=1, num_classes=10, base_channels=16)
+        >>> network(torch.zeros(2, 1, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 10])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        num_classes: int = 0,
+        base_channels: int = 64,
+        channel_multipliers: Sequence[int] = (1, 2),
+        num_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (4, 8, 16),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        levels = len(channel_multipliers)
+        if image_size % 2 ** (levels - 1):
+            raise ValueError(f"image_size {image_size} can't be halved {levels - 1} times, once for each multiplier")
+        embedding_dim = 4 * base_channels
+        self.base_channels = base_channels
+        self.time_mlp = nn.Sequential(
+            nn.Linear(base_channels, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
+        self.class_embedding = ClassEmbedding(num_classes, embedding_dim) if num_classes else None
+        self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
+
+        def stage(inside: int, outside: int, size: int) -> Stage:
+            return Stage(inside, outside, embedding_dim, dropout, size in attention_resolutions)
+
+        width, size, skips = base_channels, image_size, [base_channels]
+        self.down = nn.ModuleList()
+        for level, multiplier in enumerate(channel_multipliers):
+            for _ in range(num_blocks):
+                self.down.append(stage(width, multiplier * base_channels, size))
+                width = multiplier * base_channels
+                skips.append(width)
+            if level < levels - 1:
+                self.down.append(Downsample(width))
+                size //= 2
+                skips.append(width)
+        self.middle_in = Stage(width, width, embedding_dim, dropout, attend=True)
+        self.middle_out = Stage(width, width, embedding_dim, dropout, attend=False)
+        self.up = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(channel_multipliers))):
+            for _ in range(num_blocks + 1):
+                self.up.append(stage(width + skips.pop(), multiplier * base_channels, size))
+                width = multiplier * base_channels
+            if level > 0:
+                self.up.append(Upsample(width))
+                size *= 2
+        self.norm_out = make_norm(width)
+        self.conv_out = zero_init(nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The network's output.
+
+        Args:
+            x_t: (b, channels, image_size, image_size).
+            t: (b,) diffusion steps.
+            labels: (b,) int64 in [0, num_classes], num_classes being "no class"; None is "no class" for all.
+
+        Returns:
+            (b, channels, image_size, image_size).
+
+        Raises:
+            ValueError: labels are given to a network without classes.
+        """
+        embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype))
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(labels, len(x_t))
+        elif labels is not None:
+            raise ValueError("labels are given, but the network was built with num_classes=0")
+        embedding = functional.silu(embedding)
+        h = self.conv_in(x_t)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, embedding) if isinstance(layer, Stage) else layer(h)
+            skips.append(h)
+        h = self.middle_out(self.middle_in(h, embedding), embedding)
+        for layer in self.up:
+            h = layer(torch.cat((h, skips.pop()), dim=1), embedding) if isinstance(layer, Stage) else layer(h)
+        return self.conv_out(functional.silu(self.norm_out(h)))  # type: ignore[no-any-return]
