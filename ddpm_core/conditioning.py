@@ -43,7 +43,6 @@ class ClassEmbedding(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.table = nn.Embedding(num_classes + 1, dim)
-        nn.init.normal_(self.table.weight, std=0.02)
 
     @property
     def null_label(self) -> int:

@@ -14,17 +14,12 @@ class SelfAttention(nn.Module):
 
     Args:
         channels: of the feature map.
-        head_channels: channels a head; `channels` below it make one head.
-
-    Raises:
-        ValueError: `channels` is above `head_channels` and no multiple of it.
+        head_channels: at most this many channels a head: the fewest heads that divide `channels`.
     """
 
     def __init__(self, channels: int, head_channels: int = 64) -> None:
         super().__init__()
-        if channels > head_channels and channels % head_channels:
-            raise ValueError(f"{channels} channels don't split into heads of {head_channels}")
-        self.num_heads = max(1, channels // head_channels)
+        self.num_heads = next(n for n in range(-(-channels // head_channels), channels + 1) if channels % n == 0)
         self.norm = make_norm(channels)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.to_out = zero_init(nn.Conv2d(channels, channels, 1))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ddpm_core.losses import LOSS_TYPES, get_loss, weighted_loss
+from ddpm_core.losses import LOSS_TYPES, get_loss, p_losses, weighted_loss
 from ddpm_core.schedules import register_schedule
+from tests.worlds import GaussianWorld
 
 
 @pytest.mark.parametrize(("loss_type", "expected"), [("l1", 2.0), ("l2", 4.0), ("huber", 1.5)])
@@ -32,3 +33,19 @@ def test_the_weights_pick_and_scale_the_parts(parameterization: str) -> None:
     assert torch.equal(parts.loss_simple, per_image)
     assert torch.equal(parts.loss_vlb, weights * per_image)
     assert torch.equal(parts.loss, 2 * per_image + 0.5 * weights * per_image)
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_with_the_exact_denoiser_the_loss_is_its_analytic_value(parameterization: str) -> None:
+    """E|x0 - E[x0|x_t]|^2 of Gaussian data is its posterior variance; eps and v scale it by their squared gain."""
+    schedule = register_schedule(beta_schedule="cosine")
+    world = GaussianWorld(schedule)
+    generator = torch.Generator().manual_seed(0)
+    x0 = 0.3 + 0.2 * torch.randn(4, 200_000, generator=generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    t = torch.tensor([50, 300, 600, 900])
+    loss = p_losses(world.denoiser(parameterization), schedule, x0, t, noise, parameterization=parameterization).loss
+    abar = schedule.alphas_cumprod[t]
+    posterior = 0.04 * (1 - abar) / (abar * 0.04 + 1 - abar)
+    gain = {"x0": torch.ones(4), "eps": abar / (1 - abar), "v": 1 / (1 - abar)}[parameterization]
+    torch.testing.assert_close(loss, posterior * gain, rtol=0.02, atol=0)
