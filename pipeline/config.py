@@ -49,6 +49,7 @@ class ShardParams(Section):
 
 class ReferenceParams(Section):
     extractor: Literal["efficientnet_lite0"]
+    floor_images: Annotated[int, Field(ge=2)] | Literal["auto"]
 
 
 class ScheduleParams(Section):
@@ -74,6 +75,7 @@ class TrainParams(Section):
     total_images: Positive
     batch_size: Positive
     learning_rate: Annotated[float, Field(gt=0.0)]
+    learning_rate_schedule: Literal["constant", "cosine"]
     warmup_images: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Annotated[float, Field(gt=0.0)]
@@ -100,12 +102,13 @@ class SampleParams(Section):
     num_samples: Annotated[int, Field(ge=2)]
     sampler: Literal["ddim", "ddpm"]
     steps: Positive
+    spacing: Literal["trailing", "leading", "linspace"]
     eta: Share
     guidance: float
 
 
 class EvaluateParams(Section):
-    classifier_images: Annotated[int, Field(ge=10)]
+    real_images: Annotated[int, Field(ge=10)]
 
 
 class Params(Section):

@@ -1,4 +1,4 @@
-"""The one exception a person is meant to read."""
+"""The exceptions that end a stage without a traceback."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     Raise it wherever the cause is input, configuration or the machine. Anything else that escapes a stage is a bug of
     ours and keeps its traceback.
     """
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The stage was asked to stop (Ctrl-C, SIGTERM), saved its state and can go on later: one line, exit code 75."""

@@ -21,6 +21,7 @@ VARIABLES = {
     "PIPELINE_SAMPLE_BATCH": "images a forward pass in sampling and feature extraction (default 100)",
     "PIPELINE_WORKERS": "loader processes beside each training process (default 0 on CPU, 2 on CUDA)",
     "PIPELINE_COMPILE": "1 or 0: torch.compile (default: only on CUDA)",
+    "PIPELINE_TRACKING": "1 or 0: write runs to MLflow (default 1)",
     "PIPELINE_STATE": "folder for resume state and what the tracker could not send yet (default .state)",
 }
 
@@ -36,6 +37,7 @@ class Machine:
     sample_batch: int
     workers: int | None
     compile: bool | None
+    tracking: bool
     state: Path
 
 
@@ -72,5 +74,6 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
         sample_batch=count("PIPELINE_SAMPLE_BATCH", 1) or 100,
         workers=count("PIPELINE_WORKERS", 0),
         compile=None if compile_text == "auto" else compile_text == "1",
+        tracking=choice("PIPELINE_TRACKING", "1", ("0", "1")) == "1",
         state=Path(given.get("PIPELINE_STATE", "") or ".state"),
     )

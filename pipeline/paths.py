@@ -7,7 +7,7 @@ DVC_YAML = Path("dvc.yaml")
 DVC_LOCK = Path("dvc.lock")
 
 # Outputs of stages: DVC caches them and deletes them before the stage runs.
-RAW = Path("data/raw")
+RAW = Path("data/fetched")
 SHARDS = Path("shards")
 SHARD_INDEX = SHARDS / "index.json"
 SHARD_REPORT = Path("metrics/shard.json")

@@ -28,6 +28,9 @@ class Stream(IntEnum):
     LABEL_DROPOUT = 3
     FLIP = 4
     SAMPLE = 5
+    ORDER = 6
+    HALVES = 7
+    DROPOUT = 8
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -111,3 +114,28 @@ def draw_normal(seed: int, stream: Stream, positions: Tensor, shape: tuple[int, 
     angle = words[:, half : 2 * half].float() * (2.0**-32 * 2.0 * math.pi)
     normal = torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1)
     return normal[:, :count].reshape(len(positions), *shape)
+
+
+def draw_permutation(seed: int, stream: Stream, count: int, *, draw: int = 0) -> Tensor:
+    """A random order of the numbers 0..count-1, by sorting one 63-bit key each.
+
+    Args:
+        seed: in [0, 2**32).
+        stream: what the order is for.
+        count: at least 1.
+        draw: which of several independent orders, in [0, 2**32): an epoch.
+
+    Returns:
+        (count,) int64 on the CPU.
+    """
+    keys = torch.empty(count, dtype=torch.int64)
+    for start in range(0, count, 1 << 18):  # bounds the memory of the generator's words
+        positions = torch.arange(start, min(start + (1 << 18), count))
+        words = _words(seed, stream, positions, 2, draw)
+        keys[positions] = (words[:, 0] << 31) ^ words[:, 1]
+    return torch.argsort(keys, stable=True)
+
+
+def draw_integer(seed: int, stream: Stream, position: int) -> int:
+    """One number in [0, 2**32) for one position, to seed a generator that can't be keyed otherwise."""
+    return int(_words(seed, stream, torch.tensor([position]), 1, 0)[0, 0])

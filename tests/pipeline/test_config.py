@@ -23,7 +23,7 @@ def test_the_shipped_params_are_valid() -> None:
         ("  batch_size: 64 ", "  batchsize: 64 ", ["train.batchsize: unknown key", "train.batch_size: missing"]),
         ("image_size: auto", "image_size: big", ["shard.image_size", "'auto'", "'big'"]),
         ("source: digits", "source: idx", ["fetch", "idx_dir"]),
-        ("  steps: 50", "  steps: 5000", ["sample.steps is 5000", "schedule.timesteps"]),
+        ("  steps: 25", "  steps: 5000", ["sample.steps is 5000", "schedule.timesteps"]),
         ("data:", "data: [", ["line", "not valid YAML"]),
     ],
 )

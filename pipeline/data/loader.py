@@ -1,0 +1,77 @@
+"""Batches of images in the global order, read where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.data.index import ShardIndex
+from pipeline.data.order import Order
+from pipeline.data.store import ShardStore
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch.
+
+    Args:
+        images: (b, c, h, w) uint8.
+        labels: (b,) int64; -1 where there is no class.
+        positions: (b,) int64 places in the global order.
+    """
+
+    images: Tensor
+    labels: Tensor
+    positions: Tensor
+
+
+class _Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Step number -> this rank's batch. A map-style data set, so that any number of workers gives the same order."""
+
+    def __init__(self, index: ShardIndex, order: Order, batch_size: int, share: slice) -> None:
+        self.store = ShardStore(index)
+        self.order = order
+        self.batch_size = batch_size
+        self.share = share
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        start, stop = step * self.batch_size + self.share.start, step * self.batch_size + self.share.stop
+        images, labels = self.store.read(self.order.images(start, stop))
+        return torch.from_numpy(images), torch.from_numpy(labels), torch.arange(start, stop)
+
+
+def iterate_batches(
+    index: ShardIndex,
+    order: Order,
+    *,
+    batch_size: int,
+    steps: range,
+    share: slice,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This rank's batches, one a step: step s is the global positions [s B, (s + 1) B), of which a rank reads a slice.
+
+    Args:
+        index: the shards.
+        order: the global order.
+        batch_size: B, over all ranks.
+        steps: which steps; to resume, start later. There is no other state.
+        share: this rank's slice of [0, B).
+        workers: loader processes beside this one; speed, never order.
+        pin_memory: page-locked memory for asynchronous copies to a GPU.
+    """
+    loader = DataLoader(
+        _Steps(index, order, batch_size, share),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context="spawn" if workers else None,  # a fork would copy locks held by other threads
+    )
+    for images, labels, positions in loader:
+        yield Batch(images, labels, positions)

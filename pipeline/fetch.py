@@ -1,0 +1,131 @@
+"""Stage `fetch`: a data set this machine already has -> image files under data/fetched, one sub-folder a class.
+
+Run as `python -m pipeline.fetch`. Nothing is downloaded: `digits` comes with scikit-learn, `idx` reads MNIST-style
+files (Debian's package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist). When `data.raw` names
+a folder of your own, only a note is written.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from pipeline import paths
+from pipeline.config import FetchParams, load_params
+from pipeline.errors import UserError
+from pipeline.runtime.files import whole_folder
+from pipeline.runtime.process import run_stage
+
+IDX_IMAGES = "train-images-idx3-ubyte"
+IDX_LABELS = "train-labels-idx1-ubyte"
+UNSIGNED_BYTE = 0x08
+NOTE = "data.raw in params.yaml is {raw}, a folder of your own, so nothing was fetched.\n"
+
+
+def load_idx(path: str | Path, num_dimensions: int) -> NDArray[np.uint8]:
+    """Read an IDX file of unsigned bytes, plain or gzipped (by its suffix .gz).
+
+    **Source**: the format's definition on yann.lecun.com/exdb/mnist: two zero bytes, the type (8 is unsigned byte), the
+    number of dimensions, each dimension as a big-endian 32-bit integer, then the values in row-major order.
+
+    Raises:
+        UserError: unreadable, another type or number of dimensions, or not exactly as long as its header says.
+    """
+    path = Path(path)
+    try:
+        with cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
+            head = file.read(4 + 4 * num_dimensions)
+            if head[:4] != bytes([0, 0, UNSIGNED_BYTE, num_dimensions]):
+                raise UserError(
+                    f"{path}: begins with {head[:4].hex() or 'nothing'}, but an IDX file of bytes in {num_dimensions} "
+                    f"dimensions begins with 0000{UNSIGNED_BYTE:02x}{num_dimensions:02x}; is it the right file?"
+                )
+            shape = tuple(int(size) for size in np.frombuffer(head[4 : len(head) // 4 * 4], ">u4"))
+            values = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged ({error}); copy it again from its source") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; fetch.idx_dir must hold a readable file") from None
+    if len(shape) != num_dimensions or len(values) != math.prod(shape):
+        kind = "more" if len(values) > math.prod(shape) else "less"
+        raise UserError(f"{path}: {kind} data than its header {shape} says; copy it again from its source")
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def load_idx_pair(folder: str | Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images uint8 `(n, h, w)` and labels uint8 `(n,)` of the training part in an MNIST-style folder.
+
+    Raises:
+        UserError: a file is missing or damaged, empty, or the two do not belong together.
+    """
+    images, labels = (
+        load_idx(_idx_path(Path(folder), *file)[0], file[1]) for file in ((IDX_IMAGES, 3), (IDX_LABELS, 1))
+    )
+    if len(images) != len(labels):
+        raise UserError(f"{folder}: {len(images):,} images but {len(labels):,} labels; the two files do not match")
+    if not images.size:
+        raise UserError(f"{folder}: no images in {IDX_IMAGES} (its header says {images.shape})")
+    return images, labels
+
+
+def _idx_path(folder: Path, name: str, num_dimensions: int) -> tuple[Path, int]:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path, num_dimensions
+    raise UserError(f"{folder}: neither {name} nor {name}.gz; set fetch.idx_dir to the folder that holds them")
+
+
+def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8: their 17 greys 0..16 spread over 0..255."""
+    from sklearn.datasets import load_digits as load
+
+    images, labels = load(return_X_y=True)
+    return np.round(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8), labels.astype(np.uint8)
+
+
+def load_source(params: FetchParams) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images `(n, h, w)` and labels `(n,)` of the source that params.yaml names."""
+    if params.source == "digits":
+        return load_digits()
+    assert params.idx_dir is not None, "config checks this"
+    return load_idx_pair(params.idx_dir)
+
+
+def save_images(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
+    """Write `LABEL/PLACE.png` for every image, PLACE counted over the whole set."""
+    width = max(4, len(str(len(images) - 1)))
+    for label in np.unique(labels):
+        (folder / str(label)).mkdir()
+    for place, (image, label) in enumerate(_pairs(images, labels)):
+        Image.fromarray(image).save(folder / str(label) / f"{place:0{width}d}.png", "PNG")
+
+
+def _pairs(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    pairs = zip(images, labels.tolist(), strict=True)
+    yield from tqdm(pairs, desc="fetch", total=len(images), unit="img", disable=None)
+
+
+def main() -> None:
+    params = load_params(paths.PARAMS)
+    with whole_folder(paths.RAW, durable=False) as folder:
+        if Path(params.data.raw).resolve() != paths.RAW.resolve():
+            note = NOTE.format(raw=params.data.raw)
+            (folder / "NOTE.txt").write_text(note, encoding="utf-8")
+            print(note, end="")
+            return
+        images, labels = load_source(params.fetch)
+        save_images(folder, images, labels)
+    print(f"{len(images):,} images of {images.shape[2]} x {images.shape[1]} px in {paths.RAW}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
