@@ -1,0 +1,421 @@
+"""One MLflow run per trained model, written to by several stages, that can never hold up or end a training.
+
+The caller only appends to `<state>/tracking/<train_key>/events.jsonl`. One daemon thread imports mlflow, reads that
+file from where it last got to, and sends; the file is the queue, so memory stays bounded however long the server is
+away. What was not sent stays there until any stage opens the same key again. Nothing else here imports mlflow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.runtime.files import load_json, save_json, sha256_file, whole_file
+from pipeline.runtime.monitor import CLOCK, LoadMonitor
+from pipeline.runtime.spool import Spool
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LOG = logging.getLogger("pipeline.tracking")
+EXPERIMENT = "ddpm-pipeline"
+SETTINGS = {  # for mlflow, unless the user set them: quiet, no telemetry, and errors at once, since we retry ourselves
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+}
+CHUNK = 50  # values an event
+LIMITS = {"metrics": 800, "params": CHUNK, "tags": CHUNK}  # values a call; the server allows 1000, 100 and 100
+LONGEST_PAUSE_SECONDS = 120.0
+
+
+def redact(text: object) -> str:
+    """One line of at most 300 characters, without the `user:password@` and the query of any address in it.
+
+    Example:
+        >>> redact("no route to http://ann:secret@host:5000/api?sig=1")
+        'no route to http://host:5000/api?...'
+    """
+    line = re.sub(r"://\S*@", "://", " ".join(str(text).split()))
+    return re.sub(r"\?\S+", "?...", line)[:300]
+
+
+def status_for(error: BaseException | None) -> str:
+    """The status of a run whose stage ended with `error`: a stop on request is KILLED, a failure FAILED.
+
+    Example:
+        >>> status_for(None), status_for(KeyboardInterrupt()), status_for(ValueError())
+        ('FINISHED', 'KILLED', 'FAILED')
+    """
+    if error is None:
+        return "FINISHED"
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "KILLED" if names & {"SystemExit", "KeyboardInterrupt", "Stopped"} else "FAILED"
+
+
+def open_tracker(
+    state: Path,
+    train_key: str,
+    *,
+    run_name: str,
+    tags: Mapping[str, str],
+    enabled: bool = True,
+    batch_seconds: float = 3.0,
+    system_seconds: float = 10.0,
+) -> Tracker:
+    """The run of `train_key` in the experiment `MLFLOW_EXPERIMENT_NAME`, found by that tag or created, set to RUNNING.
+
+    The store is `MLFLOW_TRACKING_URI`, or else `mlflow.db` and `mlartifacts/` in the current folder.
+
+    Args:
+        state: folder that outlives the stage; the events lie in `state/tracking/<train_key>/` and stay there.
+        train_key: hash that names the trained model.
+        run_name: shown in the UI; counts only when the run is created.
+        enabled: `False` gives a tracker that does nothing and touches neither disk nor mlflow.
+        batch_seconds: pause between two sendings.
+        system_seconds: pause between two samples of this machine's load, 0 for none.
+
+    Raises:
+        UserError: another process writes to the same folder, or it cannot be written to.
+    """
+    if not enabled:
+        return Tracker(None)
+    folder = state / "tracking" / train_key
+    try:
+        spool = Spool(folder)
+    except BlockingIOError as error:
+        raise UserError(f"tracking: another process writes to {folder}; wait for it or stop it") from error
+    except OSError as error:
+        raise UserError(f"tracking: cannot write to {folder}: {error.strerror}") from error
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    sender = _Sender(
+        spool,
+        uri=uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}",
+        artifacts=None if uri else (Path.cwd() / "mlartifacts").as_uri(),
+        train_key=train_key,
+        run_name=run_name,
+    )
+    tracker = Tracker(sender, batch_seconds, system_seconds)
+    tracker.set_tags(tags)
+    return tracker
+
+
+class _Sender:
+    """Reads the spool and talks to MLflow. Lives in the recorder's thread, but for `run_id` and `offset`."""
+
+    def __init__(self, spool: Spool, *, uri: str, artifacts: str | None, train_key: str, run_name: str) -> None:
+        self.spool, self.uri, self.artifacts = spool, uri, artifacts
+        self.train_key, self.run_name = train_key, run_name
+        sent = load_json(spool.folder / "sent.json") if (spool.folder / "sent.json").exists() else {}
+        self.run_id: str | None = sent.get("run_id")
+        self.offset: int = sent.get("offset", 0) if sent.get("offset", 0) <= spool.size else 0
+        self.deadline = math.inf
+        self.floor: dict[str, int] = {}  # last step the server holds, looked up when the spool does not know
+        self._client: Any = None
+        self._params: dict[str, str] = {}
+        self._images: set[tuple[str, int]] = set()
+
+    def send_pending(self) -> None:
+        """Send all events; whatever goes wrong between us and MLflow is raised, and the rest waits."""
+        if self._client is None:
+            self._connect()
+        while time.monotonic() < self.deadline:
+            events, end = self._next_group()
+            if not events:
+                return
+            self._send(events)
+            self._save_offset(end)
+
+    def _save_offset(self, offset: int) -> None:
+        self.offset = offset
+        save_json(self.spool.folder / "sent.json", {"run_id": self.run_id, "offset": offset})
+
+    def _connect(self) -> None:
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of each refused connection
+        warnings.filterwarnings("ignore", module=r"(mlflow|sqlalchemy|alembic)\b")  # mlflow 3.17 on SQLAlchemy 2.1
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=self.uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+        found = client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else client.create_experiment(name, self.artifacts)
+        runs = client.search_runs([experiment], f"tags.train_key = '{self.train_key}'", order_by=["start_time ASC"])
+        if runs:
+            run = runs[0]
+        else:
+            began = next((event["time"] for event, _ in self.spool.events(0)), None)
+            run = client.create_run(experiment, began, {"train_key": self.train_key}, self.run_name)
+        known = run.info.run_id == self.run_id
+        self.run_id = run.info.run_id
+        self._params = dict(run.data.params)
+        self._images = {
+            (match[1], int(match[2]))
+            for file in client.list_artifacts(self.run_id, "images")
+            if (match := re.fullmatch(r"images/(.+)\+step\+(\d+)\+timestamp.*\.png", file.path))
+        }
+        if not known or self.offset == 0:  # another store, or a spool that was lost: what does the server hold?
+            curves = [key for key in run.data.metrics if not key.startswith("system/") or key == CLOCK]
+            self.floor = {key: max(p.step for p in client.get_metric_history(self.run_id, key)) for key in curves}
+            self._save_offset(0)
+        self._client = client
+
+    def _next_group(self) -> tuple[list[dict[str, Any]], int]:
+        """The next events that fit into one call: its cost is per call, 0.4 s for 1000 points and 0.03 s for one."""
+        events: list[dict[str, Any]] = []
+        end, counts = self.offset, Counter[str]()
+        for event, after in self.spool.events(self.offset):
+            kind = event["kind"]
+            if kind not in LIMITS:
+                return (events, end) if events else ([event], after)
+            counts[kind] += len(event["values"])
+            if counts[kind] > LIMITS[kind]:
+                break
+            events.append(event)
+            end = after
+        return events, end
+
+    def _send(self, events: list[dict[str, Any]]) -> None:
+        """Send a group; if MLflow refuses its content (not: cannot be reached), find and skip the event it refuses."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if events[0]["kind"] in LIMITS:
+                self._send_values(events)
+            else:
+                self._send_one(events[0])
+        except (MlflowException, ValueError, TypeError, KeyError, FileNotFoundError) as error:
+            if isinstance(error, MlflowException) and error.error_code not in (
+                "INVALID_PARAMETER_VALUE",
+                "BAD_REQUEST",
+            ):
+                raise
+            if len(events) == 1:
+                LOG.warning("tracking: skipped a %s event that MLflow refuses: %s", events[0]["kind"], redact(error))
+                return
+            half = len(events) // 2
+            self._send(events[:half])
+            self._send(events[half:])
+
+    def _send_values(self, events: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        points: list[Any] = []
+        params: dict[str, str] = {}
+        tags: dict[str, str] = {}
+        changed: list[str] = []
+        for event in events:
+            for name, value in event["values"].items():
+                if event["kind"] == "metrics":
+                    if event["replace"] or event["step"] > self.floor.get(name, -1):
+                        points.append(Metric(name, value, event["time"], event["step"]))
+                elif event["kind"] == "tags":
+                    tags[name] = value
+                elif (held := self._params.get(name, params.get(name))) is None:
+                    params[name] = value
+                elif held != value:
+                    tags[f"changed.{name}"] = value
+                    changed.append(f"{name} stays {held}, not {value}")
+        self._client.log_batch(
+            self.run_id, points, [Param(*item) for item in params.items()], [RunTag(*item) for item in tags.items()]
+        )
+        self._params |= params
+        if changed:
+            LOG.warning("tracking: MLflow keeps a run's first parameters: %s; see its tags", redact("; ".join(changed)))
+
+    def _send_one(self, event: dict[str, Any]) -> None:
+        client, kind, when = self._client, event["kind"], event["time"]
+        if kind == "image":
+            from PIL import Image
+
+            shown = (event["name"].replace("/", "~"), event["step"])
+            if shown not in self._images:
+                with Image.open(self.spool.folder / event["file"]) as image:
+                    client.log_image(self.run_id, image, key=event["name"], step=event["step"], timestamp=when)
+                self._images.add(shown)
+        elif kind == "artifact":
+            client.log_artifact(self.run_id, self.spool.folder / event["file"], event["folder"])
+        elif kind == "dataset":
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            data = Dataset(
+                event["name"], event["file"], "local", json.dumps({"uri": event["source"]}), profile=event["profile"]
+            )
+            client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+        elif kind == "status" and event["status"] == "RUNNING":
+            client.update_run(self.run_id, "RUNNING")
+        elif kind == "status":
+            client.set_terminated(self.run_id, event["status"], when)
+        else:
+            raise ValueError(f"events.jsonl holds a line of kind {kind}")
+
+
+class Tracker:
+    """What a stage sees. No method raises or waits for the network, except that `close` waits as long as it is told.
+
+    Without a sender it does nothing: ranks other than 0 hold such a one.
+    """
+
+    def __init__(self, sender: _Sender | None, batch_seconds: float = 3.0, system_seconds: float = 10.0) -> None:
+        self._sender = sender
+        self._batch_seconds, self._system_seconds = batch_seconds, system_seconds
+        self._closing = threading.Event()
+        self._warned: set[str] = set()
+        self._machine: LoadMonitor | None = None
+        self._append("status", status="RUNNING")
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        if sender:
+            self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's id, `None` as long as the server has not told it."""
+        return self._sender.run_id if self._sender else None
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Record settings under flat names. Where the run already holds another value the old one stays, the new one
+        becomes the tag `changed.<name>`, and one warning says so.
+        """
+        self._append_values("params", {name: str(value)[:6000] for name, value in params.items()})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags; a later value replaces an earlier one."""
+        self._append_values("tags", {name: str(value)[:5000] for name, value in tags.items()})
+
+    def log_metrics(self, values: Mapping[str, float], step: int, *, replace: bool = False) -> None:
+        """Record points of curves.
+
+        A point at or before the last step of its curve is dropped: a resumed training repeats them bit for bit.
+        With `replace` it is always added, and MLflow shows the newest: for results that an evaluation may recompute.
+        Values that are not finite are dropped, with one warning for each name.
+        """
+        kept = {}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                if name not in self._warned:
+                    LOG.warning("tracking: %s is %s at step %d; such points are left out", name, value, step)
+                self._warned.add(name)
+            elif replace or step > self._last_step("metrics", name):
+                kept[name] = float(value)
+        self._append_values("metrics", kept, step=int(step), replace=replace)
+
+    def log_image(self, key: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """Record an image, uint8 of shape (h, w) or (h, w, 3), shown in a grid by step; repeats as in `log_metrics`."""
+        if self._sender is None or step <= self._last_step("image", key):
+            return
+        from PIL import Image
+
+        file = f"files/{re.sub('[^0-9A-Za-z_.-]', '~', key)}-{step}.png"
+        try:
+            with whole_file(self._sender.spool.folder / file) as aside:
+                Image.fromarray(pixels).save(aside, "png")
+            self._append("image", name=key, step=int(step), file=file)
+        except (OSError, ValueError, TypeError) as error:
+            LOG.warning("tracking: image %s at step %d was not kept: %s", key, step, error)
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Record a copy of one file as it is now; the same bytes in the same place are sent once."""
+        if self._sender is None:
+            return
+        spool, name = self._sender.spool, f"{folder or ''}/{path.name}"
+        try:
+            file = f"files/{sha256_file(path)[:16]}/{path.name}"
+            if spool.last.get(("artifact", name)) != file:
+                with whole_file(spool.folder / file) as aside:
+                    shutil.copyfile(path, aside)
+                self._append("artifact", name=name, folder=folder, file=file)
+        except OSError as error:
+            LOG.warning("tracking: file %s was not kept: %s", path, error)
+
+    def set_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
+        """Name the data set the model is trained on; MLflow keeps 36 characters of the digest."""
+        file = digest[:36]  # what the spool remembers of the event
+        if self._sender and self._sender.spool.last.get(("dataset", name)) != file:
+            self._append("dataset", name=name, file=file, source=source, profile=json.dumps(dict(profile), default=str))
+
+    def close(self, status: str = "FINISHED", timeout_seconds: float = 60.0) -> None:
+        """Set the run's status (FINISHED, KILLED or FAILED) and send what the server takes within the time."""
+        if self._sender is None or self._closing.is_set():
+            return
+        self._append("status", status=status)
+        self._sender.deadline = time.monotonic() + timeout_seconds
+        self._closing.set()
+        self._thread.join(timeout_seconds)
+        if unsent := sum(1 for _ in self._sender.spool.events(self._sender.offset)):
+            where, folder = redact(self._sender.uri), self._sender.spool.folder
+            text = "tracking: %d events are not in MLflow (%s) yet; %s keeps them until a stage opens this run again"
+            LOG.warning(text, unsent, where, folder)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        status = status_for(error)
+        self.close(status, 15.0 if status == "KILLED" else 60.0)  # whoever stops us may not wait long
+
+    def _last_step(self, kind: str, name: str) -> int:
+        return self._sender.spool.step(kind, name) if self._sender else -1
+
+    def _append(self, kind: str, **fields: Any) -> None:
+        if self._sender:
+            self._sender.spool.append(kind, **fields)
+
+    def _append_values(self, kind: str, values: Mapping[str, object], **fields: Any) -> None:
+        items = list(values.items())
+        for start in range(0, len(items), CHUNK):
+            self._append(kind, values=dict(items[start : start + CHUNK]), **fields)
+
+    def _work(self) -> None:
+        """The thread: sample the machine, send, pause; after a failure pause longer, and say so once an outage."""
+        assert self._sender is not None
+        sender = self._sender
+        failures, retry_at, sample_at, closing = 0, 0.0, 0.0, False
+        self._sample()
+        while not closing:
+            closing = self._closing.wait(self._batch_seconds)  # seen before sending: what came before `close` is sent
+            if time.monotonic() >= sample_at:
+                sample_at = time.monotonic() + self._system_seconds
+                self._sample()
+            if time.monotonic() < retry_at and not closing:
+                continue
+            try:
+                sender.send_pending()
+                failures = 0
+            except Exception as error:  # mlflow raises requests', sqlalchemy's and its own; none may end a training
+                if not failures:
+                    where, reason = redact(sender.uri), redact(f"{type(error).__name__}: {error}")
+                    LOG.warning("tracking: MLflow (%s) fails, the run goes on and tries again: %s", where, reason)
+                retry_at = time.monotonic() + min(LONGEST_PAUSE_SECONDS, 5.0 * 2 ** min(failures, 10))
+                failures += 1
+        sender.spool.release()
+
+    def _sample(self) -> None:
+        if self._sender is None or not self._system_seconds:
+            return
+        try:
+            if self._machine is None:
+                self._machine = LoadMonitor()  # the first load is the one since now
+            else:
+                floor = self._sender.floor.get(CLOCK, -1)
+                step = 1 + max(self._last_step("metrics", CLOCK), floor)
+                self.log_metrics(self._machine.sample(), step, replace=True)
+        except Exception as error:  # whatever psutil or a GPU driver raises
+            LOG.warning("tracking: the load of this machine cannot be read, it is left out: %s", error)
+            self._system_seconds = 0
