@@ -1,0 +1,138 @@
+"""Checkpoints that are complete or invisible, and the finished model.
+
+A checkpoint is a folder `images-000006400/` with `average.safetensors` (the EMA weights), `resume.pt` (network,
+optimizer, running sums; read with `weights_only=True`) and `state.json` (images seen, loss curve, sha256 of the other
+two). It is written aside and renamed, so a folder under that name is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.engine.state import TrainState
+from pipeline.errors import UserError
+from pipeline.runtime.files import load_json, save_json, sha256_file, whole_folder
+
+log = logging.getLogger(__name__)
+MODEL_FORMAT = 1
+
+
+class CheckpointFolder:
+    """The checkpoints of one training, named by the key of what determines its result.
+
+    As a context manager it holds the folder's lock, so that an orphan of an earlier start and its successor can't both
+    write.
+
+    Args:
+        root: the folder.
+        keep: newest checkpoints kept.
+    """
+
+    def __init__(self, root: Path, keep: int = 2) -> None:
+        self.root = root
+        self.keep = keep
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._lock, 32).decode() or "?"
+            raise UserError(
+                f"{self.root} is in use by process {holder}: the same training already runs; wait for it or end it"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def save(self, state: TrainState) -> Path:
+        """Write the state under its images seen, then drop what is older than the newest `keep`."""
+        path = self.root / f"images-{state.images_seen:012d}"
+        with whole_folder(path) as aside:
+            save_file(_contiguous(state.ema.network.state_dict()), aside / "average.safetensors")
+            torch.save(state.tensors(), aside / "resume.pt")
+            hashes = {name: sha256_file(aside / name) for name in ("average.safetensors", "resume.pt")}
+            content = {"images_seen": state.images_seen, "history": state.history, "sha256": hashes}
+            save_json(aside / "state.json", content)
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def newest(self) -> int | None:
+        """Images seen of the newest checkpoint that is whole; None if there is none. Damaged ones are named and
+        skipped."""
+        for path in reversed(self._all()):
+            try:
+                content = load_json(path / "state.json")
+                damaged = [n for n, sha in content["sha256"].items() if sha256_file(path / n) != sha]
+            except (OSError, ValueError, KeyError) as error:
+                log.warning("warning: checkpoint %s can't be read (%s); trying the one before", path, error)
+                continue
+            if not damaged:
+                return int(content["images_seen"])
+            log.warning("warning: checkpoint %s: %s is damaged; trying the one before", path, ", ".join(damaged))
+        return None
+
+    def load(self, state: TrainState, images_seen: int, device: torch.device) -> None:
+        """Put the checkpoint at `images_seen` into `state`.
+
+        Raises:
+            UserError: this rank can't see it.
+        """
+        path = self.root / f"images-{images_seen:012d}"
+        if not path.is_dir():
+            raise UserError(f"{path} is not visible on this node: PIPELINE_STATE must be a folder shared by all nodes")
+        content = load_json(path / "state.json")
+        tensors = torch.load(path / "resume.pt", map_location=device, weights_only=True)
+        state.load(tensors, load_file(path / "average.safetensors"), content["images_seen"], content["history"])
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self.root.glob("images-*") if path.is_dir())
+
+
+def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def save_model(folder: Path, network: nn.Module, spec: dict[str, Any], lineage: dict[str, Any]) -> None:
+    """The finished model: `weights.safetensors` and `model.json`, byte-equal for equal training."""
+    with whole_folder(folder) as aside:
+        save_file(_contiguous(network.state_dict()), aside / "weights.safetensors")
+        save_json(aside / "model.json", {"format": MODEL_FORMAT, **spec, "lineage": lineage})
+
+
+def load_model_spec(folder: Path) -> dict[str, Any]:
+    """Read model.json.
+
+    Raises:
+        UserError: there is none, or it is of another format.
+    """
+    path = folder / "model.json"
+    try:
+        spec: dict[str, Any] = load_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable model ({error}); train one with `dvc repro train`") from None
+    if spec.get("format") != MODEL_FORMAT:
+        raise UserError(f"{path}: format {spec.get('format')}, this version reads {MODEL_FORMAT}: train it again")
+    return spec
+
+
+def load_weights(folder: Path, network: nn.Module) -> None:
+    """Put `weights.safetensors` of a model folder into a network of the same shape."""
+    network.load_state_dict(load_file(folder / "weights.safetensors"))

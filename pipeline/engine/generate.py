@@ -1,0 +1,86 @@
+"""Samples that depend on their seed and label alone, made by all ranks in blocks that survive a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.data.pixels import to_uint8
+from pipeline.runtime.files import whole_file
+from pipeline.runtime.rng import Stream, draw_normal
+from pipeline.runtime.topology import Topology
+
+
+class ImageSampler:
+    """Seeds -> images.
+
+    Args:
+        method: `method(x_noisy, noise, condition=labels)`, a sampler of ddpm_core with all else bound.
+        seed: of the whole set, in [0, 2**32).
+        num_classes: labels go round the classes with the seed, so any range of seeds is balanced; 0 for none.
+        shape: of one image, (c, h, w).
+    """
+
+    def __init__(self, method: Callable[..., Tensor], *, seed: int, num_classes: int, shape: tuple[int, ...]) -> None:
+        self.method = method
+        self.seed = seed
+        self.num_classes = num_classes
+        self.shape = shape
+
+    def labels(self, seeds: Tensor) -> Tensor | None:
+        """(b,) int64 labels of (b,) seeds; None without classes."""
+        return seeds % self.num_classes if self.num_classes else None
+
+    def __call__(self, seeds: Tensor) -> Tensor:
+        """(b,) int64 seeds on the network's device -> (b, c, h, w) uint8 there."""
+
+        def noise(k: int) -> Tensor:
+            return draw_normal(self.seed, Stream.SAMPLE, seeds, self.shape, draw=k)
+
+        return to_uint8(self.method(noise(0), noise, condition=self.labels(seeds)))
+
+
+def generate_blocks(
+    sampler: ImageSampler, folder: Path, num_samples: int, block_size: int, topology: Topology
+) -> list[Path]:
+    """Sample seeds 0..num_samples-1 in blocks of `block_size`, dealt to the ranks in turn; a block on disk is kept.
+
+    A block is one batch, so the same block size gives the same bits for any number of ranks.
+
+    Args:
+        sampler: seeds -> images.
+        folder: where blocks are kept, shared by all ranks; it must belong to this model, sampler and block size.
+        num_samples: at least 1.
+        block_size: images a forward pass.
+        topology: the world.
+
+    Returns:
+        the paths of all blocks in the order of seeds, complete on every rank.
+    """
+    starts = range(0, num_samples, block_size)
+    blocks = [folder / f"seeds-{start:09d}.npy" for start in starts]
+    mine = [
+        (start, path) for start, path in list(zip(starts, blocks, strict=True))[topology.rank :: topology.world_size]
+    ]
+    with tqdm(total=num_samples, unit="img", disable=None if topology.is_main else True, desc="sample") as bar:
+        for start, path in mine:
+            count = min(block_size, num_samples - start)
+            if not path.exists():
+                images = sampler(torch.arange(start, start + count, device=topology.device))
+                with whole_file(path) as aside, open(aside, "wb") as file:
+                    np.save(file, images.cpu().numpy())
+            bar.update(count if topology.world_size == 1 else min(count * topology.world_size, num_samples - bar.n))
+    topology.barrier()
+    return blocks
+
+
+def read_blocks(blocks: Iterable[Path]) -> Iterator[NDArray[np.uint8]]:
+    """The images of all blocks, one (c, h, w) after another."""
+    for path in blocks:
+        yield from np.load(path, allow_pickle=False)

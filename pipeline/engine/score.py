@@ -1,0 +1,136 @@
+"""How samples compare with real images: distances between feature moments, a classifier, nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from ddpm_core.frechet import Moments, frechet_distance
+from pipeline.data.index import ShardIndex
+from pipeline.data.store import ShardStore
+from pipeline.engine.features import Extractor
+from pipeline.runtime.rng import Stream, draw_permutation
+from pipeline.runtime.topology import Topology
+
+_MOST_VECTOR_PX = 16
+_CHUNK = 512
+
+
+def halves(num_images: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Two disjoint random sets of `size` images, the same each time."""
+    order = draw_permutation(0, Stream.HALVES, num_images).numpy()
+    return order[:size], order[size : 2 * size]
+
+
+def stream_moments(
+    index: ShardIndex,
+    extractor: Extractor,
+    subsets: Mapping[str, NDArray[np.int64]],
+    topology: Topology,
+    *,
+    batch_size: int,
+    label: str,
+) -> dict[str, Moments]:
+    """Feature moments of a set of images and of subsets of it, in one pass over all ranks.
+
+    Args:
+        index: the images.
+        extractor: the feature network.
+        subsets: name -> ids.
+        topology: each rank reads a contiguous share.
+        batch_size: images read at once.
+        label: of the progress bar.
+
+    Returns:
+        `all` and each subset's name -> moments, complete on every rank. Memory does not grow with the number of images.
+    """
+    ids = np.arange(index.num_images)
+    members = {"all": np.ones(len(ids), dtype=bool)} | {name: np.isin(ids, chosen) for name, chosen in subsets.items()}
+    moments = {name: Moments(extractor.dim) for name in members}
+    store = ShardStore(index)
+    mine = ids[topology.slice_of(len(ids))]
+    with tqdm(total=len(mine), unit="img", disable=None if topology.is_main else True, desc=label) as bar:
+        for start in range(0, len(mine), batch_size):
+            chosen = mine[start : start + batch_size]
+            features = extractor(torch.from_numpy(store.read(chosen)[0])).cpu()
+            for name, member in members.items():
+                moments[name].add(features[torch.from_numpy(member[chosen])])
+            bar.update(len(chosen))
+    return {name: _over_ranks(m, topology) for name, m in moments.items()}
+
+
+def _over_ranks(moments: Moments, topology: Topology) -> Moments:
+    return Moments.from_tensors(*(topology.sum_(tensor) for tensor in moments.to_tensors()))
+
+
+def mean_distance(first: list[Moments], second: list[Moments]) -> float:
+    """Mean Frechet distance over all pairs of one from each list."""
+    return float(np.mean([frechet_distance(a, b) for a, b in product(first, second)]))
+
+
+def read_vectors(index: ShardIndex, most: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Pixels of at most `most` images, evenly spread over the set, as vectors in [0, 1].
+
+    Images above 16 px are averaged down to 16 px: enough to tell classes and copies, and small enough to compare all
+    with all.
+
+    Returns:
+        (n, d) float32 and (n,) labels, -1 where there is none.
+    """
+    ids = np.unique(np.linspace(0, index.num_images - 1, min(most, index.num_images)).astype(np.int64))
+    store, parts, labels = ShardStore(index), [], []
+    for start in range(0, len(ids), _CHUNK):
+        images, classes = store.read(ids[start : start + _CHUNK])
+        pixels = torch.from_numpy(images).float() / 255
+        if index.image_size > _MOST_VECTOR_PX:
+            pixels = functional.adaptive_avg_pool2d(pixels, _MOST_VECTOR_PX)
+        parts.append(pixels.flatten(1).numpy())
+        labels.append(classes)
+    return np.concatenate(parts), np.concatenate(labels)
+
+
+def class_accuracy(
+    real: NDArray[np.float32], labels: NDArray[np.int64], samples: NDArray[np.float32], asked: NDArray[np.int64]
+) -> tuple[float, float]:
+    """How often a support vector classifier trained on real images agrees with the label that was asked for.
+
+    Returns:
+        the share of samples; and of a held-out fifth of the real images, for a classifier trained on the rest.
+    """
+    from sklearn.svm import SVC  # slow to import
+
+    def classifier() -> SVC:
+        return SVC(C=10.0, gamma="scale")
+
+    order = draw_permutation(0, Stream.HALVES, len(real), draw=1).numpy()
+    held_out, rest = np.split(order, [len(real) // 5])
+    known = classifier().fit(real[rest], labels[rest]).score(real[held_out], labels[held_out])
+    return float(classifier().fit(real, labels).score(samples, asked)), float(known)
+
+
+def memorised_share(candidates: NDArray[np.float32], real: NDArray[np.float32]) -> float:
+    """Share of candidates nearer to their nearest real image than that image is to any other real image."""
+    pool = torch.from_numpy(real)
+    spacing = torch.cat([_nearest(part, pool, first=i * _CHUNK)[0] for i, part in enumerate(torch.split(pool, _CHUNK))])
+    closer = 0
+    for part in torch.split(torch.from_numpy(candidates), _CHUNK):
+        distance, neighbour = _nearest(part, pool)
+        closer += int((distance < spacing[neighbour]).sum())
+    return closer / len(candidates)
+
+
+def _nearest(part: Tensor, pool: Tensor, *, first: int | None = None) -> tuple[Tensor, Tensor]:
+    """Distance and place of the nearest in `pool`; `first`: `part` is pool[first:...], and no image is its own
+    neighbour."""
+    distances = torch.cdist(part, pool, compute_mode="donot_use_mm_for_euclid_dist")
+    if first is not None:
+        distances[torch.arange(len(part)), torch.arange(first, first + len(part))] = torch.inf
+    found = distances.min(dim=1)
+    return found.values, found.indices

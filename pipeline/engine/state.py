@@ -1,0 +1,53 @@
+"""All that training changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_core import EMA
+
+LOGGED = ("loss", "loss_simple", "loss_vlb", "grad_norm")
+
+
+@dataclass
+class TrainState:
+    """Network, average, optimizer and how far they are. Randomness and data order need no state: both are keyed by
+    position.
+
+    Args:
+        network: the bare network.
+        ema: its average.
+        optimizer: over the network's parameters.
+        images_seen: progress.
+        sums: (4,) sums of `LOGGED` since the last row of `history`: losses over images, the norm over steps.
+        history: the loss curve, one row each time it was logged.
+    """
+
+    network: nn.Module
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    images_seen: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(len(LOGGED), dtype=torch.float64))
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Any]:
+        """What a resume needs beside `images_seen`, `history` and the average: tensors, numbers, dicts and lists."""
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
+
+    def load(
+        self,
+        tensors: dict[str, Any],
+        average: dict[str, Tensor],
+        images_seen: int,
+        history: list[dict[str, float]],
+    ) -> None:
+        """Take over what :meth:`tensors` gave. Strict: a missing or surplus weight is an error."""
+        self.network.load_state_dict(tensors["network"])
+        self.optimizer.load_state_dict(tensors["optimizer"])
+        self.ema.network.load_state_dict(average)
+        self.sums.copy_(tensors["sums"])
+        self.images_seen, self.history = images_seen, history

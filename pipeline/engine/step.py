@@ -1,0 +1,109 @@
+"""One optimizer step: draws, loss, gradients, average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_core import DiffusionLoss, NoiseSchedule, drop_labels
+from pipeline.data.loader import Batch
+from pipeline.data.pixels import to_unit_range
+from pipeline.engine.state import TrainState
+from pipeline.runtime.rng import Stream, draw_integer, draw_normal, draw_uniform
+from pipeline.runtime.topology import Topology
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step does, decided before the first.
+
+    Args:
+        seed: of every draw.
+        batch_size: images over all ranks.
+        micro_batch: images a forward pass on one rank, at most.
+        null_label: the label of "no class"; None for a model without classes.
+        label_dropout: share of labels replaced by it.
+        horizontal_flip: mirror half of the images.
+        max_grad_norm: gradients are scaled down to this norm.
+        dtype: of matrix work.
+        learning_rate: images seen -> rate.
+        loss: `loss(denoiser, schedule, x0, t, noise, condition)`.
+        compile: compile the network.
+    """
+
+    seed: int
+    batch_size: int
+    micro_batch: int
+    null_label: int | None
+    label_dropout: float
+    horizontal_flip: bool
+    max_grad_norm: float
+    dtype: torch.dtype
+    learning_rate: Callable[[int], float]
+    loss: Callable[..., DiffusionLoss]
+    compile: bool = False
+
+
+class TrainStep:
+    """Trains `state` by one batch a call. Never waits for the device."""
+
+    def __init__(self, plan: StepPlan, state: TrainState, schedule: NoiseSchedule, topology: Topology) -> None:
+        self.plan = plan
+        self.state = state
+        self.schedule = schedule
+        self.topology = topology
+        self.wrapped = topology.wrap(state.network)
+        self.denoiser = torch.compile(self.wrapped) if plan.compile else self.wrapped
+        self._has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in state.network.modules())
+
+    def __call__(self, batch: Batch) -> None:
+        """Draw, add up gradients over micro-batches, clip, update the weights and their average."""
+        plan, state = self.plan, self.state
+        for group in state.optimizer.param_groups:
+            group["lr"] = plan.learning_rate(state.images_seen)
+        starts = range(0, len(batch.images), plan.micro_batch)
+        for start in starts[:-1]:
+            with self.topology.no_sync(self.wrapped):
+                self._backward(batch, slice(start, start + plan.micro_batch))
+        self._backward(batch, slice(starts[-1], None))
+        norm = torch.nn.utils.clip_grad_norm_(state.network.parameters(), plan.max_grad_norm)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.ema.update(state.network, plan.batch_size)
+        # Equal on every rank: each adds its share, so that the sum over ranks counts the norm once.
+        state.sums[3] += norm.detach() / self.topology.world_size
+        state.images_seen += plan.batch_size
+
+    def _backward(self, batch: Batch, part: slice) -> None:
+        plan, device = self.plan, self.topology.device
+        positions = batch.positions[part]
+        if (
+            self._has_dropout
+        ):  # torch's dropout can't be keyed by position; keyed by micro-batch it still resumes exactly
+            torch.manual_seed(draw_integer(plan.seed, Stream.DROPOUT, int(positions[0])))
+        x0, labels, places = (
+            v.to(device, non_blocking=True) for v in (batch.images[part], batch.labels[part], positions)
+        )
+        x0, t, noise, condition = self._draw(to_unit_range(x0), labels, places)
+        with torch.autocast(device.type, plan.dtype, enabled=plan.dtype != torch.float32):
+            parts = plan.loss(self.denoiser, self.schedule, x0, t, noise, condition)
+        # DDP averages over ranks: this makes the gradient that of the mean over the global batch.
+        (parts.loss.sum() * (self.topology.world_size / plan.batch_size)).backward()  # type: ignore[no-untyped-call]
+        sums = torch.stack((parts.loss.sum(), parts.loss_simple.sum(), parts.loss_vlb.sum()))
+        self.state.sums[:3] += sums.detach()
+
+    def _draw(self, x0: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Everything random about a batch, keyed by each image's place in the global order."""
+        plan = self.plan
+        t = (draw_uniform(plan.seed, Stream.TIMESTEP, places) * self.schedule.num_timesteps).to(torch.int64)
+        noise = draw_normal(plan.seed, Stream.NOISE, places, tuple(x0.shape[1:]))
+        if plan.horizontal_flip:
+            mirror = draw_uniform(plan.seed, Stream.FLIP, places) < 0.5
+            x0 = torch.where(mirror[:, None, None, None], x0.flip(-1), x0)
+        if plan.null_label is None:
+            return x0, t, noise, None
+        drop = draw_uniform(plan.seed, Stream.LABEL_DROPOUT, places) < plan.label_dropout
+        return x0, t, noise, drop_labels(labels, drop, plan.null_label)

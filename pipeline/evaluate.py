@@ -1,0 +1,124 @@
+"""Stage: score the samples against the real images. `python -m pipeline.evaluate`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+
+from ddpm_core.frechet import Moments
+from pipeline import paths
+from pipeline.config import load_params
+from pipeline.data.index import ShardIndex, load_index
+from pipeline.engine.features import load_extractor
+from pipeline.engine.score import class_accuracy, halves, mean_distance, memorised_share, read_vectors, stream_moments
+from pipeline.errors import UserError
+from pipeline.lineage import provenance
+from pipeline.machine import load_machine
+from pipeline.runtime.files import load_json, save_json
+from pipeline.runtime.process import restart_under_torchrun, run_stage
+from pipeline.runtime.topology import start_topology
+from pipeline.runtime.tracking import open_tracker
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Features of all samples in one pass, then every score; written as metrics and to the model's run."""
+    params, machine = load_params().evaluate, load_machine()
+    restart_under_torchrun("pipeline.evaluate", machine)
+    real, samples = load_index(paths.SHARDS), load_index(paths.SAMPLES)
+    reference, moments = load_reference(paths.REFERENCE, real)
+    size = reference["floor_images"]
+    parts = {f"part_{i}": np.arange(i * size, (i + 1) * size) for i in range(2) if (i + 1) * size <= samples.num_images}
+    with start_topology(machine) as topology:
+        extractor = load_extractor(reference["extractor"], topology.device)
+        if extractor.protocol != reference["protocol"]:
+            raise UserError(f"{paths.REFERENCE} was made as `{reference['protocol']}`: run `dvc repro reference` again")
+        generated = stream_moments(
+            samples, extractor, parts, topology, batch_size=machine.sample_batch, label="evaluate"
+        )
+        if not topology.is_main:
+            return
+    scores = {
+        **distances(reference["extractor"], moments, generated, list(parts)),
+        **pixel_scores(real, samples, params.real_images),
+        "num_samples": samples.num_images,
+        "num_reference": real.num_images,
+        "floor_images": size,
+        "protocol": f"{extractor.protocol} / {samples.num_images} samples, {real.num_images} real",
+    }
+    model = load_json(paths.MODEL / "model.json")["lineage"]
+    save_json(paths.EVALUATE_METRICS, {**scores, "train_key": model["train_key"]})
+    with open_tracker(
+        machine.state, model["train_key"], run_name="evaluate", tags=provenance(), enabled=machine.tracking
+    ) as tracker:
+        tracker.set_tags({"eval.protocol": scores["protocol"]})
+        numbers = {f"eval/{name}": value for name, value in scores.items() if isinstance(value, int | float)}
+        tracker.log_metrics(numbers, int(model["images_seen"]), replace=True)
+        tracker.log_artifact(paths.EVALUATE_METRICS, "metrics")
+    log.info("evaluate: %s", ", ".join(f"{k} {_short(v)}" for k, v in scores.items() if not isinstance(v, str)))
+
+
+def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """The reference's description and moments.
+
+    Raises:
+        UserError: it is missing or was made from other images.
+    """
+    try:
+        reference: dict[str, Any] = load_json(folder / "reference.json")
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no readable reference ({error}); run `dvc repro reference`") from None
+    if reference["shard_index_sha256"] != real.sha256:
+        raise UserError(f"{folder} belongs to other shards than {real.folder}: run `dvc repro reference`")
+    return reference, {name: Moments.from_tensors(t["n"], t["total"], t["outer"]) for name, t in tensors.items()}
+
+
+def distances(
+    extractor: str, real: dict[str, Moments], generated: dict[str, Moments], parts: list[str]
+) -> dict[str, float | None]:
+    """Frechet distances: of everything; between two halves of the real set; of as many samples against each half.
+
+    The last two have the same number of images on both sides, so their ratio says how far from real the samples are,
+    free of the bias that a small number brings. None where there are fewer samples than images in a half.
+    """
+    floor = mean_distance([real["half_a"]], [real["half_b"]])
+    like = mean_distance([generated[p] for p in parts], [real["half_a"], real["half_b"]]) if parts else None
+    if like is None:
+        log.warning(
+            "warning: fd_ratio needs %d samples, as many as reference.floor_images: raise sample.num_samples",
+            real["half_a"].n,
+        )
+    return {
+        f"fd_{extractor}": mean_distance([generated["all"]], [real["all"]]),
+        "fd_floor": floor,
+        "fd_like_for_like": like,
+        "fd_ratio": None if like is None else like / floor,
+    }
+
+
+def pixel_scores(real: ShardIndex, samples: ShardIndex, most: int) -> dict[str, float | None]:
+    """Agreement with the asked class, and how many samples are near copies; each beside its value for real images."""
+    pixels, labels = read_vectors(real, most)
+    generated, asked = read_vectors(samples, samples.num_images)
+    accuracy = class_accuracy(pixels, labels, generated, asked) if real.num_classes > 1 else (None, None)
+    one, other = halves(len(pixels), len(pixels) // 2)
+    return {
+        "class_accuracy": accuracy[0],
+        "class_accuracy_real": accuracy[1],
+        "memorised_share": memorised_share(generated, pixels),
+        "memorised_share_real": memorised_share(pixels[one], pixels[other]),
+    }
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    run_stage(main)

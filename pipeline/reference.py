@@ -1,0 +1,61 @@
+"""Stage: feature statistics of the real images, for a data set and an extractor. `python -m pipeline.reference`."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline import paths
+from pipeline.config import load_params
+from pipeline.data.index import load_index
+from pipeline.engine.features import load_extractor
+from pipeline.engine.score import halves, stream_moments
+from pipeline.errors import UserError
+from pipeline.machine import load_machine
+from pipeline.runtime.files import save_json, whole_folder
+from pipeline.runtime.process import restart_under_torchrun, run_stage
+from pipeline.runtime.topology import start_topology
+
+log = logging.getLogger(__name__)
+MOST_FLOOR_IMAGES = 5000
+
+
+def main() -> None:
+    """One pass over all real images; keep the moments of all and of two disjoint halves."""
+    params, machine = load_params().reference, load_machine()
+    restart_under_torchrun("pipeline.reference", machine)
+    index = load_index(paths.SHARDS)
+    half = min(index.num_images // 2, MOST_FLOOR_IMAGES) if params.floor_images == "auto" else params.floor_images
+    if not 2 <= half <= index.num_images // 2:
+        raise UserError(
+            f"params.yaml: reference.floor_images asks for two disjoint sets of {half} images, at least 2 each; "
+            f"there are {index.num_images} in all"
+        )
+    subsets = dict(zip(("half_a", "half_b"), halves(index.num_images, half), strict=True))
+    with start_topology(machine) as topology:
+        extractor = load_extractor(params.extractor, topology.device)
+        moments = stream_moments(
+            index, extractor, subsets, topology, batch_size=machine.sample_batch, label="reference"
+        )
+        if not topology.is_main:
+            return
+    with whole_folder(paths.REFERENCE) as aside:
+        for name, one in moments.items():
+            n, total, outer = one.to_tensors()
+            save_file({"n": torch.as_tensor(n), "total": total, "outer": outer}, aside / f"{name}.safetensors")
+        description = {
+            "extractor": extractor.name,
+            "protocol": extractor.protocol,
+            "weights_sha256": extractor.weights_sha256,
+            "shard_index_sha256": index.sha256,
+            "num_reference": index.num_images,
+            "floor_images": half,
+        }
+        save_json(aside / "reference.json", description)
+    log.info("reference: %s images, %s", f"{index.num_images:,}", extractor.protocol)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,99 @@
+"""Stage: draw images from the trained model. `python -m pipeline.sample`, or the same under torchrun."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline import paths
+from pipeline.build import build_network, build_sampler, build_schedule
+from pipeline.config import SampleParams, load_params
+from pipeline.data.pixels import make_grid
+from pipeline.data.writer import Sample, write_shards
+from pipeline.engine.checkpoint import load_model_spec, load_weights
+from pipeline.engine.generate import ImageSampler, generate_blocks, read_blocks
+from pipeline.engine.loop import peak_memory_gib
+from pipeline.lineage import stage_key
+from pipeline.machine import load_machine
+from pipeline.runtime.files import sha256_file, whole_file
+from pipeline.runtime.process import restart_under_torchrun, run_stage
+from pipeline.runtime.topology import Topology, start_topology
+from pipeline.runtime.tracking import Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+SHARD_IMAGES = 10_000
+GRID_ROWS = 8
+
+
+def main() -> None:
+    """Sample seeds 0..num_samples-1 over all ranks, going on where an earlier start was stopped."""
+    params, machine = load_params().sample, load_machine()
+    restart_under_torchrun("pipeline.sample", machine)
+    spec = load_model_spec(paths.MODEL)
+    weights = sha256_file(paths.MODEL / "weights.safetensors")
+    key = stage_key("pipeline.sample", [params], {"weights": weights, "spec": sha256_file(paths.MODEL / "model.json")})
+    folder = machine.state / "sample" / f"{key}-{machine.sample_batch}"
+    with start_topology(machine) as topology:
+        train_key, name = spec["lineage"]["train_key"], f"sample-{key[:6]}"
+        speaks = topology.is_main and machine.tracking
+        with open_tracker(machine.state, train_key, run_name=name, tags={}, enabled=speaks) as tracker:
+            started = time.monotonic()
+            sampler = load_sampler(params, spec, topology)
+            blocks = generate_blocks(sampler, folder, params.num_samples, machine.sample_batch, topology)
+            if topology.is_main:
+                publish(sampler, spec, params, blocks)
+                seconds = time.monotonic() - started
+                report(tracker, params, spec, seconds)
+                shutil.rmtree(folder)
+        topology.barrier()
+
+
+def load_sampler(params: SampleParams, spec: dict[str, Any], topology: Topology) -> ImageSampler:
+    """The trained network on this rank's device, behind the sampler that params ask for."""
+    network = build_network(spec)
+    load_weights(paths.MODEL, network)
+    network.to(topology.device).eval().requires_grad_(False)
+    return build_sampler(params, spec, network, build_schedule(spec).to(topology.device))
+
+
+def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, blocks: list[Path]) -> None:
+    """Pack the blocks into WebDataset shards, and draw a grid with one column a class."""
+    labels = sampler.labels(torch.arange(params.num_samples))
+
+    def samples() -> Iterator[Sample]:
+        for seed, image in enumerate(read_blocks(blocks)):
+            label = None if labels is None else int(labels[seed])
+            yield Sample(image.transpose(1, 2, 0), label, {"seed": seed, "sample_seed": params.seed})
+
+    network = spec["network"]
+    write_shards(
+        paths.SAMPLES, samples(), image_size=network["image_size"], channels=network["channels"], encoding="raw",
+        classes=tuple(spec["classes"]), shard_images=SHARD_IMAGES,
+    )  # fmt: skip
+    columns = min(10, len(spec["classes"]) or 10)
+    shown = [image for image, _ in zip(read_blocks(blocks), range(GRID_ROWS * columns), strict=False)]
+    with whole_file(paths.SAMPLE_GRID) as aside:
+        Image.fromarray(make_grid(np.stack(shown), columns)).save(aside, format="PNG")
+
+
+def report(tracker: Tracker, params: SampleParams, spec: dict[str, Any], seconds: float) -> None:
+    """What the model's run says of these samples; a later sampling of the same model replaces it."""
+    step = int(spec["lineage"]["images_seen"])
+    speed = params.num_samples / seconds
+    tracker.set_tags({f"sample.{key}": str(value) for key, value in params.model_dump().items()})
+    tracker.log_metrics({"sample/images_per_second": speed}, step, replace=True)
+    tracker.log_artifact(paths.SAMPLE_GRID, "samples")
+    log.info("sample: done, %s images at %.1f images/s, peak memory %.2f GiB a process",
+             f"{params.num_samples:,}", speed, peak_memory_gib())  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_stage(main)

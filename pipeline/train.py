@@ -1,0 +1,208 @@
+"""Stage: train the diffusion model on the shards. `python -m pipeline.train`, or the same under torchrun."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_core import EMA, p_losses
+from pipeline import paths
+from pipeline.build import (
+    build_learning_rate,
+    build_network,
+    build_optimizer,
+    build_precision,
+    build_sampler,
+    build_schedule,
+    make_model_spec,
+)
+from pipeline.config import Params, SampleParams, load_params
+from pipeline.data.index import ShardIndex, load_index
+from pipeline.data.loader import iterate_batches
+from pipeline.data.order import Order
+from pipeline.data.pixels import make_grid
+from pipeline.engine.checkpoint import CheckpointFolder, save_model
+from pipeline.engine.loop import LoopPlan, Observers, peak_memory_gib, train
+from pipeline.engine.state import LOGGED, TrainState
+from pipeline.engine.step import StepPlan, TrainStep
+from pipeline.errors import UserError
+from pipeline.lineage import provenance, source_sha256, stage_key
+from pipeline.machine import Machine, load_machine
+from pipeline.runtime.files import save_json, save_text
+from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
+from pipeline.runtime.topology import Topology, start_topology
+from pipeline.runtime.tracking import Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+PREVIEW = SampleParams(
+    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0
+)  # of the pictures drawn while training; no parameter of the stage, as they change no result
+
+
+def main() -> None:
+    """Train, or go on where an earlier start with the same result was stopped."""
+    params, machine = load_params(), load_machine()
+    restart_under_torchrun("pipeline.train", machine)
+    stop = StopRequest()
+    index = load_index(paths.SHARDS)
+    spec = make_model_spec(params, index)
+    lineage = make_lineage(params, index)
+    checkpoints = CheckpointFolder(machine.state / "train" / lineage["train_key"])
+    with (
+        start_topology(machine) as topology,
+        checkpoints if topology.is_main else nullcontext(),
+        open_run(params, machine, topology, index, lineage) as tracker,
+    ):
+        step = make_step(params, machine, topology, spec)
+        resume(step.state, checkpoints, topology)
+        run_loop(step, params, machine, topology, index, spec, checkpoints, tracker, stop)
+        if topology.is_main:
+            publish(step.state, spec, lineage, tracker)
+        topology.barrier()
+
+
+def make_lineage(params: Params, index: ShardIndex) -> dict[str, Any]:
+    """Where the model comes from; its `train_key` names the resume state and the MLflow run."""
+    sections = (params.schedule, params.model, params.train)
+    return {
+        "train_key": stage_key("pipeline.train", sections, {"shards": index.sha256}),
+        "shard_index_sha256": index.sha256,
+        "code_sha256": source_sha256("pipeline.train"),
+        "train": params.train.model_dump(mode="json"),
+    }
+
+
+def open_run(
+    params: Params, machine: Machine, topology: Topology, index: ShardIndex, lineage: dict[str, Any]
+) -> Tracker:
+    """The model's MLflow run, with what is known before the first step; silent on other ranks."""
+    name = f"{index.num_classes or 'no'}-class-{index.image_size}px-{lineage['train_key'][:6]}"
+    tags = {
+        "shard_index_sha256": index.sha256,
+        "world_size": str(topology.world_size),
+        "device": torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        **provenance(),
+    }
+    tracker = open_tracker(
+        machine.state, lineage["train_key"], run_name=name, tags=tags, enabled=topology.is_main and machine.tracking
+    )
+    sections: Mapping[str, Any] = params.model_dump(mode="json", include={"schedule", "model", "train"})
+    tracker.log_params({f"{s}.{key}": value for s, content in sections.items() for key, value in content.items()})
+    data = {"num_images": index.num_images, "num_classes": index.num_classes, "image_size": index.image_size}
+    tracker.log_params({f"data.{key}": value for key, value in {"raw": params.data.raw, **data}.items()})
+    tracker.set_dataset(Path(params.data.raw).name, index.sha256[:16], source=params.data.raw, profile=data)
+    return tracker
+
+
+def make_step(params: Params, machine: Machine, topology: Topology, spec: dict[str, Any]) -> TrainStep:
+    """Network, average and optimizer on this rank's device, and the step that trains them."""
+    config = params.train
+    if config.batch_size < topology.world_size:
+        raise UserError(f"params.yaml: train.batch_size is {config.batch_size}, less than {topology.world_size} ranks")
+    device = topology.device
+    network = build_network(spec, seed=config.seed).to(device)
+    if device.type == "cuda":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=device)
+    average = EMA(network, config.ema_half_life_images)
+    state = TrainState(network, average, build_optimizer(config, network), sums=sums)
+    plan = StepPlan(
+        seed=config.seed,
+        batch_size=config.batch_size,
+        micro_batch=machine.micro_batch or config.batch_size,
+        null_label=len(spec["classes"]) or None,
+        label_dropout=config.label_dropout,
+        horizontal_flip=config.horizontal_flip,
+        max_grad_norm=config.max_grad_norm,
+        dtype=build_precision(config.precision, device),
+        learning_rate=build_learning_rate(config),
+        loss=partial(
+            p_losses,
+            parameterization=spec["parameterization"],
+            loss_type=config.loss_type,
+            l_simple_weight=config.l_simple_weight,
+            original_elbo_weight=config.original_elbo_weight,
+        ),
+        compile=machine.compile if machine.compile is not None else device.type == "cuda",
+    )
+    return TrainStep(plan, state, build_schedule(spec).to(device), topology)
+
+
+def resume(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) -> None:
+    """Load the newest whole checkpoint, the same on every rank."""
+    newest = topology.from_main((checkpoints.newest() or 0) if topology.is_main else 0)
+    if newest:
+        checkpoints.load(state, newest, topology.device)
+        if topology.is_main:
+            log.info("train: going on at %s images, from %s", f"{newest:,}", checkpoints.root)
+        else:
+            state.sums.zero_()  # the main rank carries the sums of all
+
+
+def run_loop(
+    step: TrainStep,
+    params: Params,
+    machine: Machine,
+    topology: Topology,
+    index: ShardIndex,
+    spec: dict[str, Any],
+    checkpoints: CheckpointFolder,
+    tracker: Tracker,
+    stop: StopRequest,
+) -> None:
+    """Feed the loop with batches from where the state is to the last step."""
+    config, state = params.train, step.state
+    steps = range(state.images_seen // config.batch_size, -(-config.total_images // config.batch_size))
+    on_gpu = topology.device.type == "cuda"
+    batches = iterate_batches(
+        index, Order(index.num_images, config.seed),
+        batch_size=config.batch_size, steps=steps, share=topology.slice_of(config.batch_size),
+        workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
+    )  # fmt: skip
+    quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
+    sampler = build_sampler(quick, spec, state.ema.network, step.schedule)
+    columns = min(10, len(spec["classes"]) or 10)
+
+    def preview(images_seen: int) -> None:
+        pixels = sampler(torch.arange(PREVIEW.num_samples, device=topology.device))
+        tracker.log_image("samples", make_grid(pixels.cpu().numpy(), columns), images_seen)
+
+    plan = LoopPlan(
+        total_images=steps.stop * config.batch_size,
+        log_every_images=config.log_every_images,
+        checkpoint_every_images=config.checkpoint_every_images,
+        preview_every_images=config.preview_every_images,
+    )
+    observers = Observers(metrics=tracker.log_metrics, preview=preview)
+    train(step, batches, plan, checkpoints, observers, topology, lambda: stop.requested)
+
+
+def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:
+    """Write the stage's outputs: equal training gives equal bytes."""
+    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen})
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(state.history[-1]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(state.history)
+    save_text(paths.LOSS_CURVE, table.getvalue())
+    parameters = sum(p.numel() for p in state.network.parameters())
+    save_json(paths.TRAIN_METRICS, {**state.history[-1], "parameters": parameters})
+    memory = peak_memory_gib()
+    tracker.log_metrics({"train/peak_memory_gib": memory}, state.images_seen, replace=True)
+    tracker.log_artifact(paths.MODEL / "model.json", "model")
+    tracker.log_artifact(paths.LOSS_CURVE, "plots")
+    log.info("train: done, %s images, %s parameters, loss %.4f, peak memory %.2f GiB a process",
+             f"{state.images_seen:,}", f"{parameters:,}", state.history[-1]["loss"], memory)  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_stage(main)
