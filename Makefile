@@ -1,8 +1,10 @@
 # `make help` lists what there is. Every target makes .venv by itself when it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
+# DVC starts the stages as `python -m pipeline.STAGE`: that python must be this one.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help test lint clean
+.PHONY: help repro test eval ui doctor bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -14,8 +16,25 @@ help: ## list the targets
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+repro: .venv/.ready ## from images to a trained model, its samples and its score
+	$(BIN)/dvc repro
+
 test: .venv/.ready ## run the tests
 	$(BIN)/python -m pytest
+
+eval: .venv/.ready ## score the newest model again, with what params.yaml asks for now
+	$(BIN)/dvc repro evaluate
+	$(BIN)/dvc metrics show
+
+ui: .venv/.ready ## browse the runs on http://127.0.0.1:5000
+	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+
+doctor: .venv/.ready ## what this machine has, and what would fail
+	$(BIN)/python -m pipeline.doctor
+
+bench: .venv/.ready ## speed against named peers, into bench/results and docs/benchmarks.md
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m bench
 
 lint: .venv/.ready ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
