@@ -27,7 +27,9 @@ eval: .venv/.ready ## score the newest model again, with what params.yaml asks f
 	$(BIN)/dvc metrics show
 
 ui: .venv/.ready ## browse the runs on http://127.0.0.1:5000
-	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+	@echo "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning   (Ctrl-C ends it)"
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 \
+		--workers 1 --backend-store-uri sqlite:///mlflow.db
 
 doctor: .venv/.ready ## what this machine has, and what would fail
 	$(BIN)/python -m pipeline.doctor

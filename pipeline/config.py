@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline import paths
 from pipeline.errors import UserError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -26,6 +27,12 @@ class Section(BaseModel):
 
 class DataParams(Section):
     raw: str
+
+    @model_validator(mode="after")
+    def _images_are_safe(self) -> DataParams:
+        if paths.RAW.absolute() in Path(self.raw).absolute().parents:
+            raise ValueError(f"raw lies inside {paths.RAW}, which DVC deletes before each fetch: move your images")
+        return self
 
 
 class FetchParams(Section):

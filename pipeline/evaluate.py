@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.lineage import provenance
 from pipeline.machine import load_machine
 from pipeline.runtime.files import load_json, save_json
+from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import restart_under_torchrun, run_stage
 from pipeline.runtime.topology import start_topology
 from pipeline.runtime.tracking import open_tracker
@@ -56,11 +57,12 @@ def main() -> None:
     with open_tracker(
         machine.state, model["train_key"], run_name="evaluate", tags=provenance(), enabled=machine.tracking
     ) as tracker:
-        tracker.set_tags({"eval.protocol": scores["protocol"]})
-        numbers = {f"eval/{name}": value for name, value in scores.items() if isinstance(value, int | float)}
+        tracker.set_tags({f"eval.{name}": str(scores[name]) for name in ("protocol", "num_reference", "floor_images")})
+        numbers = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float) or k == "num_samples"}
         tracker.log_metrics(numbers, int(model["images_seen"]), replace=True)
         tracker.log_artifact(paths.EVALUATE_METRICS, "metrics")
-    log.info("evaluate: %s", ", ".join(f"{k} {_short(v)}" for k, v in scores.items() if not isinstance(v, str)))
+    shown = ", ".join(f"{k} {_short(v)}" for k, v in scores.items() if not isinstance(v, str))
+    log.info("evaluate: %s; peak memory %.2f GiB a process", shown, peak_memory_gib())
 
 
 def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict[str, Moments]]:

@@ -83,7 +83,7 @@ def provenance() -> dict[str, str]:
     tags = {}
     commit = _git("rev-parse", "HEAD")
     if commit:
-        tags["git_commit"] = commit
+        tags["git_commit"] = tags["mlflow.source.git.commit"] = commit  # the second fills the UI's column "Version"
         tags["git_dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
     if paths.DVC_LOCK.exists():
         tags["dvc_lock_sha256"] = sha256_file(paths.DVC_LOCK)

@@ -15,6 +15,7 @@ from pipeline.engine.score import halves, stream_moments
 from pipeline.errors import UserError
 from pipeline.machine import load_machine
 from pipeline.runtime.files import save_json, whole_folder
+from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import restart_under_torchrun, run_stage
 from pipeline.runtime.topology import start_topology
 
@@ -54,7 +55,8 @@ def main() -> None:
             "floor_images": half,
         }
         save_json(aside / "reference.json", description)
-    log.info("reference: %s images, %s", f"{index.num_images:,}", extractor.protocol)
+    log.info("reference: done, %s images, %s, peak memory %.2f GiB a process",
+             f"{index.num_images:,}", extractor.protocol, peak_memory_gib())  # fmt: skip
 
 
 if __name__ == "__main__":

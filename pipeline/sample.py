@@ -20,10 +20,10 @@ from pipeline.data.pixels import make_grid
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.checkpoint import load_model_spec, load_weights
 from pipeline.engine.generate import ImageSampler, generate_blocks, read_blocks
-from pipeline.engine.loop import peak_memory_gib
 from pipeline.lineage import stage_key
 from pipeline.machine import load_machine
 from pipeline.runtime.files import sha256_file, whole_file
+from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
 from pipeline.runtime.tracking import Tracker, open_tracker

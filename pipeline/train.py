@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import getpass
 import io
 import logging
 from collections.abc import Mapping
@@ -30,13 +31,14 @@ from pipeline.data.loader import iterate_batches
 from pipeline.data.order import Order
 from pipeline.data.pixels import make_grid
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
-from pipeline.engine.loop import LoopPlan, Observers, peak_memory_gib, train
+from pipeline.engine.loop import LoopPlan, Observers, train
 from pipeline.engine.state import LOGGED, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
 from pipeline.lineage import provenance, source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
 from pipeline.runtime.files import save_json, save_text
+from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
 from pipeline.runtime.tracking import Tracker, open_tracker
@@ -90,6 +92,8 @@ def open_run(
         "world_size": str(topology.world_size),
         "device": torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "pipeline.train",
         **provenance(),
     }
     tracker = open_tracker(

@@ -1,0 +1,1 @@
+"""Image files to checked pixels to tars to batches."""

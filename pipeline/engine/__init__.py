@@ -1,0 +1,1 @@
+"""Training, sampling and scoring: what a stage calls once it has built its parts."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,9 +128,3 @@ def _save(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) 
         checkpoints.save(state)
     else:
         state.sums.zero_()
-
-
-def peak_memory_gib() -> float:
-    """The largest resident memory of this process so far."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,1 @@
+"""What touches processes, files, other machines and the tracker."""

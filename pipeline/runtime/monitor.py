@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 
 import psutil
@@ -43,3 +44,9 @@ class LoadMonitor:
             except Exception:  # needs nvidia-ml-py, which is not a dependency
                 continue
         return values
+
+
+def peak_memory_gib() -> float:
+    """The largest resident memory of this process so far."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -50,15 +50,17 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
 
 
 def end_with_dvc() -> None:
-    """Arrange for SIGTERM to this process when its parent, or the `dvc` above it, is gone.
+    """Under DVC or torchrun: arrange for SIGTERM to this process when its parent, or the `dvc` above it, is gone.
 
     DVC leaves its child running when it is killed itself, and a second `dvc repro` would then train on the same state.
     The kernel's parent-death signal covers a direct child; a shell or torchrun may sit between, so a thread watches
     the `dvc` process too.
     """
-    if sys.platform == "linux":
+    under_dvc = "DVC_STAGE" in os.environ
+    # A stage that a person started by hand may outlive the shell it was started from (nohup).
+    if sys.platform == "linux" and (under_dvc or "RANK" in os.environ):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if "DVC_STAGE" not in os.environ:
+    if not under_dvc:
         return
     dvc = next((p for p in psutil.Process().parents() if _is_dvc(p)), None)
     if dvc is None:

@@ -24,6 +24,7 @@ def test_the_shipped_params_are_valid() -> None:
         ("image_size: auto", "image_size: big", ["shard.image_size", "'auto'", "'big'"]),
         ("source: digits", "source: idx", ["fetch", "idx_dir"]),
         ("  steps: 25", "  steps: 5000", ["sample.steps is 5000", "schedule.timesteps"]),
+        ("raw: data/fetched ", "raw: data/fetched/mine ", ["data", "DVC deletes"]),
         ("data:", "data: [", ["line", "not valid YAML"]),
     ],
 )

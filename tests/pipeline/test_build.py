@@ -1,0 +1,95 @@
+"""From names and parameters to objects."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.build import (
+    build_learning_rate,
+    build_network,
+    build_precision,
+    build_sampler,
+    build_schedule,
+    make_model_spec,
+)
+from pipeline.config import Params, load_params
+from pipeline.errors import UserError
+
+PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
+
+
+def index(size: int = 8, classes: int = 10) -> SimpleNamespace:
+    return SimpleNamespace(image_size=size, channels=1, num_classes=classes, classes=tuple(map(str, range(classes))))
+
+
+def changed(section: str, **values: object) -> Params:
+    return PARAMS.model_copy(update={section: getattr(PARAMS, section).model_copy(update=values)})
+
+
+@pytest.mark.parametrize(("size", "levels"), [(8, 2), (12, 2), (16, 3), (28, 3), (32, 4), (64, 4), (100, 3), (9, 1)])
+def test_auto_multipliers_fit_the_image(size: int, levels: int) -> None:
+    arguments = make_model_spec(PARAMS, index(size))["network"]
+    assert len(arguments["channel_multipliers"]) == levels
+    assert size % 2 ** (levels - 1) == 0
+
+
+def test_the_initial_weights_depend_on_the_seed_alone() -> None:
+    spec = make_model_spec(PARAMS, index())
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = build_network(spec, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    two, three = build_network(spec, seed=5), build_network(spec, seed=6)
+    assert torch.equal(one.conv_in.weight, two.conv_in.weight)
+    assert not torch.equal(one.conv_in.weight, three.conv_in.weight)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
+    rate = build_learning_rate(PARAMS.train)
+    total, warm = PARAMS.train.total_images, PARAMS.train.warmup_images
+    assert rate(0) == 0.0
+    assert rate(warm // 2) == pytest.approx(0.5 * PARAMS.train.learning_rate, rel=0.01)
+    assert rate(total // 2) == pytest.approx(0.5 * PARAMS.train.learning_rate)
+    assert rate(total) == pytest.approx(0.0, abs=1e-12)
+    constant = build_learning_rate(changed("train", learning_rate_schedule="constant").train)
+    assert constant(total) == PARAMS.train.learning_rate
+
+
+def test_what_can_not_be_built_is_a_user_error() -> None:
+    spec = make_model_spec(PARAMS, index())
+    with pytest.raises(UserError, match="known: unet"):
+        build_network({**spec, "network": {"name": "vit"}})
+    with pytest.raises(UserError, match="can't be halved"):
+        make_model_spec(changed("model", channel_multipliers=[1, 1, 1, 1, 1]), index())
+    with pytest.raises(UserError, match="schedule: betas must lie"):
+        build_schedule({"schedule": {**spec["schedule"], "beta_schedule": "linear", "timesteps": 10}})
+    unconditional = make_model_spec(PARAMS, index(classes=0))
+    guided = PARAMS.sample.model_copy(update={"guidance": 2.0})
+    with pytest.raises(UserError, match="has no classes"):
+        build_sampler(guided, unconditional, build_network(unconditional), build_schedule(unconditional))
+
+
+def test_precision_on_the_cpu_is_float32_unless_asked() -> None:
+    cpu = torch.device("cpu")
+    assert build_precision("auto", cpu) == torch.float32
+    assert build_precision("bfloat16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("sampler", "guidance"), [("ddim", 1.0), ("ddim", 2.0), ("ddpm", 0.0)])
+def test_a_sample_depends_on_its_seed_alone(sampler: str, guidance: float) -> None:
+    params = changed("model", base_channels=8).model_copy(
+        update={"sample": PARAMS.sample.model_copy(update={"sampler": sampler, "steps": 4, "guidance": guidance})}
+    )
+    spec = make_model_spec(params, index())
+    network = build_network(spec).eval()
+    torch.nn.init.normal_(network.conv_out.weight, std=0.1)
+    draw = build_sampler(params.sample, spec, network, build_schedule(spec))
+    together = draw(torch.arange(12))
+    assert together.dtype == torch.uint8
+    assert draw.labels(torch.arange(12)).tolist() == [*range(10), 0, 1]
+    alone = draw(torch.tensor([7]))
+    assert (together[7].int() - alone[0].int()).abs().max() <= 1
+    assert not torch.equal(together[7], together[8])
