@@ -80,4 +80,5 @@ def stage(folder: Path, name: str, *, processes: int = 1, **extra: str) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     done = run(folder, "python", *launcher, "-m", f"pipeline.{name}", **extra)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
     return done.stderr

@@ -21,14 +21,17 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = next(n for n in range(-(-channels // head_channels), channels + 1) if channels % n == 0)
         self.norm = make_norm(channels)
-        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.to_out = zero_init(nn.Conv2d(channels, channels, 1))
+        # Linear on (b, pixels, c), not 1 x 1 convolutions: heads come out with unit stride, as fused kernels want.
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)."""
         height = x.shape[2]
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         query, key, value = rearrange(
-            self.to_qkv(self.norm(x)), "b (three n d) h w -> three b n (h w) d", three=3, n=self.num_heads
+            self.to_qkv(tokens), "b s (three n d) -> three b n s d", three=3, n=self.num_heads
         )
         mixed = functional.scaled_dot_product_attention(query, key, value)
-        return x + self.to_out(rearrange(mixed, "b n (h w) d -> b (n d) h w", h=height))  # type: ignore[no-any-return]
+        out = self.to_out(rearrange(mixed, "b n s d -> b s (n d)"))
+        return x + rearrange(out, "b (h w) c -> b c h w", h=height)  # type: ignore[no-any-return]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def make_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
@@ -13,8 +16,8 @@ def make_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels, affine=affine)
 
 
-def zero_init(module: nn.Conv2d) -> nn.Conv2d:
-    """The same convolution with weights and bias of zero: a residual branch that starts as the identity."""
+def zero_init(module: Layer) -> Layer:
+    """The same layer with weights and bias of zero: a residual branch that starts as the identity."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

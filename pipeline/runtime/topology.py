@@ -51,7 +51,9 @@ class Topology:
         if self.world_size == 1:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            network, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[None]:
         """Keep gradients local inside this context: all but the last micro-batch of a step."""
