@@ -1,8 +1,8 @@
 """One MLflow run per trained model, written to by several stages, that can never hold up or end a training.
 
-The caller only appends to `<state>/tracking/<train_key>/events.jsonl`. One daemon thread imports mlflow, reads that
-file from where it last got to, and sends; the file is the queue, so memory stays bounded however long the server is
-away. What was not sent stays there until any stage opens the same key again. Nothing else here imports mlflow.
+The caller only appends to `<state>/tracking/<train_key>/events.jsonl`. One daemon thread imports mlflow (in sender.py),
+reads that file from where it last got to, and sends; the file is the queue, so memory stays bounded however long the
+server is away. What was not sent stays there until any stage opens the same key again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import re
 import shutil
 import threading
 import time
-import warnings
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.runtime.files import load_json, save_json, sha256_file, whole_file
+from pipeline.runtime.files import sha256_file, whole_file
 from pipeline.runtime.monitor import CLOCK, LoadMonitor
+from pipeline.runtime.sender import CHUNK, Sender, redact
 from pipeline.runtime.spool import Spool
 
 if TYPE_CHECKING:
@@ -31,29 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LOG = logging.getLogger("pipeline.tracking")
-EXPERIMENT = "ddpm-pipeline"
-SETTINGS = {  # for mlflow, unless the user set them: quiet, no telemetry, and errors at once, since we retry ourselves
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-}
-CHUNK = 50  # values an event
-LIMITS = {"metrics": 800, "params": CHUNK, "tags": CHUNK}  # values a call; the server allows 1000, 100 and 100
 LONGEST_PAUSE_SECONDS = 120.0
-
-
-def redact(text: object) -> str:
-    """One line of at most 300 characters, without the `user:password@` and the query of any address in it.
-
-    Example:
-        >>> redact("no route to http://ann:secret@host:5000/api?sig=1")
-        'no route to http://host:5000/api?...'
-    """
-    line = re.sub(r"://\S*@", "://", " ".join(str(text).split()))
-    return re.sub(r"\?\S+", "?...", line)[:300]
 
 
 def status_for(error: BaseException | None) -> str:
@@ -104,7 +81,7 @@ def open_tracker(
     except OSError as error:
         raise UserError(f"tracking: cannot write to {folder}: {error.strerror}") from error
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    sender = _Sender(
+    sender = Sender(
         spool,
         uri=uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}",
         artifacts=None if uri else (Path.cwd() / "mlartifacts").as_uri(),
@@ -116,164 +93,13 @@ def open_tracker(
     return tracker
 
 
-class _Sender:
-    """Reads the spool and talks to MLflow. Lives in the recorder's thread, but for `run_id` and `offset`."""
-
-    def __init__(self, spool: Spool, *, uri: str, artifacts: str | None, train_key: str, run_name: str) -> None:
-        self.spool, self.uri, self.artifacts = spool, uri, artifacts
-        self.train_key, self.run_name = train_key, run_name
-        sent = load_json(spool.folder / "sent.json") if (spool.folder / "sent.json").exists() else {}
-        self.run_id: str | None = sent.get("run_id")
-        self.offset: int = sent.get("offset", 0) if sent.get("offset", 0) <= spool.size else 0
-        self.deadline = math.inf
-        self.floor: dict[str, int] = {}  # last step the server holds, looked up when the spool does not know
-        self._client: Any = None
-        self._params: dict[str, str] = {}
-        self._images: set[tuple[str, int]] = set()
-
-    def send_pending(self) -> None:
-        """Send all events; whatever goes wrong between us and MLflow is raised, and the rest waits."""
-        if self._client is None:
-            self._connect()
-        while time.monotonic() < self.deadline:
-            events, end = self._next_group()
-            if not events:
-                return
-            self._send(events)
-            self._save_offset(end)
-
-    def _save_offset(self, offset: int) -> None:
-        self.offset = offset
-        save_json(self.spool.folder / "sent.json", {"run_id": self.run_id, "offset": offset})
-
-    def _connect(self) -> None:
-        for name, value in SETTINGS.items():
-            os.environ.setdefault(name, value)
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of each refused connection
-        warnings.filterwarnings("ignore", module=r"(mlflow|sqlalchemy|alembic)\b")  # mlflow 3.17 on SQLAlchemy 2.1
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=self.uri)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-        found = client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else client.create_experiment(name, self.artifacts)
-        runs = client.search_runs([experiment], f"tags.train_key = '{self.train_key}'", order_by=["start_time ASC"])
-        if runs:
-            run = runs[0]
-        else:
-            began = next((event["time"] for event, _ in self.spool.events(0)), None)
-            run = client.create_run(experiment, began, {"train_key": self.train_key}, self.run_name)
-        known = run.info.run_id == self.run_id
-        self.run_id = run.info.run_id
-        self._params = dict(run.data.params)
-        self._images = {
-            (match[1], int(match[2]))
-            for file in client.list_artifacts(self.run_id, "images")
-            if (match := re.fullmatch(r"images/(.+)\+step\+(\d+)\+timestamp.*\.png", file.path))
-        }
-        if not known or self.offset == 0:  # another store, or a spool that was lost: what does the server hold?
-            curves = [key for key in run.data.metrics if not key.startswith("system/") or key == CLOCK]
-            self.floor = {key: max(p.step for p in client.get_metric_history(self.run_id, key)) for key in curves}
-            self._save_offset(0)
-        self._client = client
-
-    def _next_group(self) -> tuple[list[dict[str, Any]], int]:
-        """The next events that fit into one call: its cost is per call, 0.4 s for 1000 points and 0.03 s for one."""
-        events: list[dict[str, Any]] = []
-        end, counts = self.offset, Counter[str]()
-        for event, after in self.spool.events(self.offset):
-            kind = event["kind"]
-            if kind not in LIMITS:
-                return (events, end) if events else ([event], after)
-            counts[kind] += len(event["values"])
-            if counts[kind] > LIMITS[kind]:
-                break
-            events.append(event)
-            end = after
-        return events, end
-
-    def _send(self, events: list[dict[str, Any]]) -> None:
-        """Send a group; if MLflow refuses its content (not: cannot be reached), find and skip the event it refuses."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            if events[0]["kind"] in LIMITS:
-                self._send_values(events)
-            else:
-                self._send_one(events[0])
-        except (MlflowException, ValueError, TypeError, KeyError, FileNotFoundError) as error:
-            if isinstance(error, MlflowException) and error.error_code not in (
-                "INVALID_PARAMETER_VALUE",
-                "BAD_REQUEST",
-            ):
-                raise
-            if len(events) == 1:
-                LOG.warning("tracking: skipped a %s event that MLflow refuses: %s", events[0]["kind"], redact(error))
-                return
-            half = len(events) // 2
-            self._send(events[:half])
-            self._send(events[half:])
-
-    def _send_values(self, events: list[dict[str, Any]]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        points: list[Any] = []
-        params: dict[str, str] = {}
-        tags: dict[str, str] = {}
-        changed: list[str] = []
-        for event in events:
-            for name, value in event["values"].items():
-                if event["kind"] == "metrics":
-                    if event["replace"] or event["step"] > self.floor.get(name, -1):
-                        points.append(Metric(name, value, event["time"], event["step"]))
-                elif event["kind"] == "tags":
-                    tags[name] = value
-                elif (held := self._params.get(name, params.get(name))) is None:
-                    params[name] = value
-                elif held != value:
-                    tags[f"changed.{name}"] = value
-                    changed.append(f"{name} stays {held}, not {value}")
-        self._client.log_batch(
-            self.run_id, points, [Param(*item) for item in params.items()], [RunTag(*item) for item in tags.items()]
-        )
-        self._params |= params
-        if changed:
-            LOG.warning("tracking: MLflow keeps a run's first parameters: %s; see its tags", redact("; ".join(changed)))
-
-    def _send_one(self, event: dict[str, Any]) -> None:
-        client, kind, when = self._client, event["kind"], event["time"]
-        if kind == "image":
-            from PIL import Image
-
-            shown = (event["name"].replace("/", "~"), event["step"])
-            if shown not in self._images:
-                with Image.open(self.spool.folder / event["file"]) as image:
-                    client.log_image(self.run_id, image, key=event["name"], step=event["step"], timestamp=when)
-                self._images.add(shown)
-        elif kind == "artifact":
-            client.log_artifact(self.run_id, self.spool.folder / event["file"], event["folder"])
-        elif kind == "dataset":
-            from mlflow.entities import Dataset, DatasetInput, InputTag
-
-            data = Dataset(
-                event["name"], event["file"], "local", json.dumps({"uri": event["source"]}), profile=event["profile"]
-            )
-            client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
-        elif kind == "status" and event["status"] == "RUNNING":
-            client.update_run(self.run_id, "RUNNING")
-        elif kind == "status":
-            client.set_terminated(self.run_id, event["status"], when)
-        else:
-            raise ValueError(f"events.jsonl holds a line of kind {kind}")
-
-
 class Tracker:
     """What a stage sees. No method raises or waits for the network, except that `close` waits as long as it is told.
 
     Without a sender it does nothing: ranks other than 0 hold such a one.
     """
 
-    def __init__(self, sender: _Sender | None, batch_seconds: float = 3.0, system_seconds: float = 10.0) -> None:
+    def __init__(self, sender: Sender | None, batch_seconds: float = 3.0, system_seconds: float = 10.0) -> None:
         self._sender = sender
         self._batch_seconds, self._system_seconds = batch_seconds, system_seconds
         self._closing = threading.Event()
