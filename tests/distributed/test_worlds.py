@@ -61,16 +61,31 @@ def test_two_ranks_train_the_same_model_and_draw_the_same_samples_as_one(trained
     assert np.abs(pixels(untrained) - pixels(trained)).max() <= 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_training_goes_on_to_the_same_bits(trained: Path, untrained: Path, number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        ["python", "-m", "pipeline.train"], cwd=untrained, env=environment(), stderr=subprocess.PIPE, text=True
-    )
+def start_training(folder: Path, *launcher: str) -> subprocess.Popen[str]:
+    """A training that has written its first checkpoint."""
+    command = ["python", *launcher, "-m", "pipeline.train"]
+    process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list(untrained.glob(".state/train/*/images-*")):
+    while not list(folder.glob(".state/train/*/images-*")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return process
+
+
+def test_two_ranks_stop_together_and_one_goes_on(trained: Path, untrained: Path) -> None:
+    process = start_training(untrained, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert said.count("stopped: at") == 1, said
+    assert "going on at" in stage(untrained, "train")
+    one, two = (torch.cat([w.flatten() for w in weights(folder).values()]) for folder in (trained, untrained))
+    assert float((two - one).norm() / one.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_training_goes_on_to_the_same_bits(trained: Path, untrained: Path, number: signal.Signals) -> None:
+    process = start_training(untrained)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert not (untrained / "model").exists()
