@@ -7,20 +7,29 @@ variable or a rank.
 from ddpm_core.conditioning import ClassEmbedding, drop_labels, timestep_embedding
 from ddpm_core.ema import EMA
 from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
-from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, p_losses, weighted_loss
+from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
+from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
 from ddpm_core.nn.unet import UNet
-from ddpm_core.noising import q_posterior, q_sample
+from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
 from ddpm_core.samplers.ddim import sample_ddim
 from ddpm_core.samplers.ddpm import sample_ddpm
 from ddpm_core.samplers.grid import SPACINGS, make_timesteps
-from ddpm_core.schedules import BETA_SCHEDULES, NoiseSchedule, make_betas, register_schedule
+from ddpm_core.schedules import (
+    BETA_SCHEDULES,
+    NoiseSchedule,
+    make_betas,
+    register_schedule,
+    rescale_zero_terminal_snr,
+)
 from ddpm_core.targets import (
     PARAMETERIZATIONS,
     predict_noise_from_start,
     predict_start_from_noise,
+    split_output,
     to_target,
     to_x0,
 )
+from ddpm_core.timesteps import LossAwareTimesteps, stratified_timesteps, uniform_timesteps
 
 __all__ = [
     "BETA_SCHEDULES",
@@ -28,26 +37,36 @@ __all__ = [
     "LOSS_TYPES",
     "PARAMETERIZATIONS",
     "SPACINGS",
+    "BitsPerDim",
     "ClassEmbedding",
     "ClassifierFreeGuidance",
     "Denoiser",
     "DiffusionLoss",
+    "LossAwareTimesteps",
     "NoiseSchedule",
     "UNet",
+    "bits_per_dim",
+    "discretised_gaussian_log_likelihood",
     "drop_labels",
     "get_loss",
+    "learned_log_variance",
     "make_betas",
     "make_timesteps",
+    "min_snr_weights",
     "p_losses",
     "predict_noise_from_start",
     "predict_start_from_noise",
     "q_posterior",
     "q_sample",
     "register_schedule",
+    "rescale_zero_terminal_snr",
     "sample_ddim",
     "sample_ddpm",
+    "split_output",
+    "stratified_timesteps",
     "timestep_embedding",
     "to_target",
     "to_x0",
+    "uniform_timesteps",
     "weighted_loss",
 ]

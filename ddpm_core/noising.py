@@ -40,3 +40,25 @@ def q_posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> 
     mean = at(schedule.posterior_mean_coef1, t, x0) * x0 + at(schedule.posterior_mean_coef2, t, x0) * x_t
     log_variance = at(schedule.posterior_log_variance_clipped, t, x0)
     return mean, at(schedule.posterior_variance, t, x0), log_variance
+
+
+def learned_log_variance(v: Tensor, log_beta: Tensor | float, log_beta_tilde: Tensor | float) -> Tensor:
+    """Log-variance of a reverse step: between its two extremes in the logarithm, frac = (v + 1) / 2 of the way to beta.
+
+    **Source**: Nichol and Dhariwal 2021, equation 15, with v scaled to [-1, 1] as in their code.
+
+    Args:
+        v: (b, c, ...) output of the network; not bounded, as the bound on the likelihood holds for any variance.
+        log_beta, log_beta_tilde: numbers, or shaped to add to `v`: the tables `log_betas` and
+            `log_beta_tilde_clipped` at t, or a sampler's own for a step that leaves some out.
+
+    Returns:
+        (b, c, ...).
+
+    Example:
+        >>> import torch
+        >>> learned_log_variance(torch.tensor([-1.0, 0.0, 1.0]), -2.0, -4.0).tolist()
+        [-4.0, -3.0, -2.0]
+    """
+    frac = (v + 1) / 2
+    return frac * log_beta + (1 - frac) * log_beta_tilde

@@ -105,6 +105,18 @@ def build_learning_rate(params: TrainParams) -> Callable[[int], float]:
     return rate
 
 
+def build_timestep_sampling(params: TrainParams) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """Uniform numbers and places in the global order -> diffusion steps, the same for any number of ranks."""
+    match params.timestep_sampling:
+        case "uniform":
+            return lambda u, places, num_timesteps: ddpm_core.uniform_timesteps(u, num_timesteps)
+        case "stratified":
+            size = params.batch_size
+            return lambda u, places, num_timesteps: ddpm_core.stratified_timesteps(
+                u, num_timesteps, places % size, size
+            )
+
+
 def build_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix work. `auto` is bfloat16 on CUDA devices that have it in hardware, else float32.
 

@@ -60,12 +60,22 @@ class ReferenceParams(Section):
 
 
 class ScheduleParams(Section):
-    beta_schedule: Literal["linear", "scaled_linear", "cosine"]
+    beta_schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"]
     timesteps: Annotated[int, Field(ge=2)]
     linear_start: Annotated[float, Field(gt=0.0, lt=1.0)]
     linear_end: Annotated[float, Field(gt=0.0, lt=1.0)]
     cosine_s: Annotated[float, Field(ge=0.0)]
+    sigmoid_start: float
+    sigmoid_end: float
+    sigmoid_tau: Annotated[float, Field(gt=0.0)]
+    zero_terminal_snr: bool
     v_posterior: Share
+
+    @model_validator(mode="after")
+    def _sigmoid_rises(self) -> ScheduleParams:
+        if self.sigmoid_start >= self.sigmoid_end:
+            raise ValueError(f"sigmoid_start is {self.sigmoid_start}, not below sigmoid_end, {self.sigmoid_end}")
+        return self
 
 
 class ModelParams(Section):
@@ -92,6 +102,8 @@ class TrainParams(Section):
     loss_type: Literal["l1", "l2", "huber"]
     l_simple_weight: Annotated[float, Field(ge=0.0)]
     original_elbo_weight: Annotated[float, Field(ge=0.0)]
+    min_snr_gamma: Annotated[float, Field(gt=0.0)] | None
+    timestep_sampling: Literal["uniform", "stratified"]
     precision: Literal["float32", "bfloat16", "auto"]
     log_every_images: Positive
     checkpoint_every_images: Positive
@@ -130,6 +142,15 @@ class Params(Section):
     train: TrainParams
     sample: SampleParams
     evaluate: EvaluateParams
+
+    @model_validator(mode="after")
+    def _eps_needs_signal(self) -> Params:
+        if self.schedule.zero_terminal_snr and self.model.parameterization == "eps":
+            raise ValueError(
+                "schedule.zero_terminal_snr is true, so model.parameterization must be v or x0: at the last step eps "
+                "says nothing of the image"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_fit_the_schedule(self) -> Params:

@@ -23,6 +23,7 @@ from pipeline.build import (
     build_precision,
     build_sampler,
     build_schedule,
+    build_timestep_sampling,
     make_model_spec,
 )
 from pipeline.config import Params, SampleParams, load_params
@@ -32,7 +33,7 @@ from pipeline.data.order import Order
 from pipeline.data.pixels import make_grid
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.loop import LoopPlan, Observers, train
-from pipeline.engine.state import LOGGED, TrainState
+from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
 from pipeline.lineage import provenance, source_sha256, stage_key
@@ -116,7 +117,7 @@ def make_step(params: Params, machine: Machine, topology: Topology, spec: dict[s
     network = build_network(spec, seed=config.seed).to(device)
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=device)
+    sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
     average = EMA(network, config.ema_half_life_images)
     state = TrainState(network, average, build_optimizer(config, network), sums=sums)
     plan = StepPlan(
@@ -135,7 +136,9 @@ def make_step(params: Params, machine: Machine, topology: Topology, spec: dict[s
             loss_type=config.loss_type,
             l_simple_weight=config.l_simple_weight,
             original_elbo_weight=config.original_elbo_weight,
+            min_snr_gamma=config.min_snr_gamma,
         ),
+        timesteps=build_timestep_sampling(config),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
@@ -194,7 +197,7 @@ def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tr
     """Write the stage's outputs: equal training gives equal bytes."""
     save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen})
     table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(state.history[-1]), lineterminator="\n")
+    writer = csv.DictWriter(table, fieldnames=COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(state.history)
     save_text(paths.LOSS_CURVE, table.getvalue())

@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.files import load_json, save_json, sha256_file, whole_folder
 
 log = logging.getLogger(__name__)
-MODEL_FORMAT = 1
+MODEL_FORMAT = 2
 
 
 class CheckpointFolder:

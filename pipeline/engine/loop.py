@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pipeline.data.loader import Batch
 from pipeline.engine.checkpoint import CheckpointFolder
-from pipeline.engine.state import LOGGED, TrainState
+from pipeline.engine.state import LOGGED, QUARTILES, TrainState
 from pipeline.engine.step import TrainStep
 from pipeline.errors import Stopped, UserError
 from pipeline.runtime.topology import Topology
@@ -108,8 +108,10 @@ def _log_row(state: TrainState, step: TrainStep, topology: Topology) -> dict[str
     images = state.images_seen - (int(state.history[-1]["images"]) if state.history else 0)
     sums = topology.sum_(state.sums).tolist()
     state.sums.zero_()
+    logged, totals, counts = sums[: len(LOGGED)], sums[len(LOGGED) : -len(QUARTILES)], sums[-len(QUARTILES) :]
     divisors = (images, images, images, images / step.plan.batch_size)
-    row = {name: total / divisor for name, total, divisor in zip(LOGGED, sums, divisors, strict=True)}
+    row = {name: total / divisor for name, total, divisor in zip(LOGGED, logged, divisors, strict=True)}
+    row |= {name: total / count for name, total, count in zip(QUARTILES, totals, counts, strict=True) if count}
     if not all(math.isfinite(value) for value in row.values()):
         raise UserError(
             f"the loss is not finite at {state.images_seen:,} images ({row}); the last checkpoint stands: "

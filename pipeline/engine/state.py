@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ddpm_core import EMA
 
 LOGGED = ("loss", "loss_simple", "loss_vlb", "grad_norm")
+QUARTILES = ("loss_q0", "loss_q1", "loss_q2", "loss_q3")  # the loss by quarter of the chain, cleanest steps first
+COLUMNS = ("images", *LOGGED, *QUARTILES, "learning_rate")
+NUM_SUMS = len(LOGGED) + 2 * len(QUARTILES)
 
 
 @dataclass
@@ -23,15 +26,17 @@ class TrainState:
         ema: its average.
         optimizer: over the network's parameters.
         images_seen: progress.
-        sums: (4,) sums of `LOGGED` since the last row of `history`: losses over images, the norm over steps.
-        history: the loss curve, one row each time it was logged.
+        sums: (NUM_SUMS,) sums since the last row of `history`: of `LOGGED`, losses over images, the norm over steps;
+            then of the losses in each quarter of the chain; then the number of images in each.
+        history: the loss curve, one row of `COLUMNS` each time it was logged; a quarter that no image fell in is left
+            out.
     """
 
     network: nn.Module
     ema: EMA
     optimizer: torch.optim.Optimizer
     images_seen: int = 0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(len(LOGGED), dtype=torch.float64))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(NUM_SUMS, dtype=torch.float64))
     history: list[dict[str, float]] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Any]:

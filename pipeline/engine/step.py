@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_core import DiffusionLoss, NoiseSchedule, drop_labels
+from ddpm_core import DiffusionLoss, NoiseSchedule, drop_labels, uniform_timesteps
 from pipeline.data.loader import Batch
 from pipeline.data.pixels import to_unit_range
-from pipeline.engine.state import TrainState
+from pipeline.engine.state import QUARTILES, TrainState
 from pipeline.runtime.rng import Stream, draw_integer, draw_normal, draw_uniform
 from pipeline.runtime.topology import Topology
+
+
+def sample_uniformly(u: Tensor, places: Tensor, num_timesteps: int) -> Tensor:
+    """Every diffusion step equally often, whatever the place."""
+    return uniform_timesteps(u, num_timesteps)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class StepPlan:
         dtype: of matrix work.
         learning_rate: images seen -> rate.
         loss: `loss(denoiser, schedule, x0, t, noise, condition)`.
+        timesteps: `timesteps(u, places, T)` -> (b,) int64 diffusion steps, from (b,) numbers in [0, 1) and the images'
+            places in the global order.
         compile: compile the network.
     """
 
@@ -44,6 +51,7 @@ class StepPlan:
     dtype: torch.dtype
     learning_rate: Callable[[int], float]
     loss: Callable[..., DiffusionLoss]
+    timesteps: Callable[[Tensor, Tensor, int], Tensor] = sample_uniformly
     compile: bool = False
 
 
@@ -94,11 +102,13 @@ class TrainStep:
         (parts.loss.sum() * (self.topology.world_size / plan.batch_size)).backward()  # type: ignore[no-untyped-call]
         sums = torch.stack((parts.loss.sum(), parts.loss_simple.sum(), parts.loss_vlb.sum()))
         self.state.sums[:3] += sums.detach()
+        self.state.sums[4:] += sum_quarters(parts.loss.detach(), t, self.schedule.num_timesteps)
 
     def _draw(self, x0: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Everything random about a batch, keyed by each image's place in the global order."""
         plan = self.plan
-        t = (draw_uniform(plan.seed, Stream.TIMESTEP, places) * self.schedule.num_timesteps).to(torch.int64)
+        u = draw_uniform(plan.seed, Stream.TIMESTEP, places)
+        t = plan.timesteps(u, places, self.schedule.num_timesteps)
         noise = draw_normal(plan.seed, Stream.NOISE, places, tuple(x0.shape[1:]))
         if plan.horizontal_flip:
             mirror = draw_uniform(plan.seed, Stream.FLIP, places) < 0.5
@@ -107,3 +117,26 @@ class TrainStep:
             return x0, t, noise, None
         drop = draw_uniform(plan.seed, Stream.LABEL_DROPOUT, places) < plan.label_dropout
         return x0, t, noise, drop_labels(labels, drop, plan.null_label)
+
+
+def sum_quarters(loss: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
+    """Sums of the loss over the images in each quarter of the chain, then their numbers.
+
+    By comparison and sum, not by scattering, whose order of adding would change from run to run on a GPU.
+
+    Args:
+        loss: (b,).
+        t: (b,) int64 in [0, T).
+        num_timesteps: T.
+
+    Returns:
+        (8,) float64.
+
+    Example:
+        >>> sum_quarters(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 99, 50]), 100).tolist()
+        [1.0, 0.0, 4.0, 2.0, 1.0, 0.0, 1.0, 1.0]
+    """
+    count = len(QUARTILES)
+    inside = (t * count // num_timesteps)[:, None] == torch.arange(count, device=t.device)
+    total = torch.where(inside, loss[:, None].double(), 0.0).sum(0)
+    return torch.cat((total, inside.sum(0).double()))

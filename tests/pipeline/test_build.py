@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ddpm_core
 from pipeline.build import (
     build_learning_rate,
     build_network,
@@ -70,6 +71,16 @@ def test_what_can_not_be_built_is_a_user_error() -> None:
     guided = PARAMS.sample.model_copy(update={"guidance": 2.0})
     with pytest.raises(UserError, match="has no classes"):
         build_sampler(guided, unconditional, build_network(unconditional), build_schedule(unconditional))
+
+
+def test_the_schedule_is_what_params_ask_for() -> None:
+    spec = make_model_spec(
+        changed("schedule", beta_schedule="sigmoid", zero_terminal_snr=True, sigmoid_tau=0.7), index()
+    )
+    built = build_schedule(spec)
+    asked = ddpm_core.register_schedule(beta_schedule="sigmoid", zero_terminal_snr=True, sigmoid_tau=0.7)
+    assert torch.equal(built.betas, asked.betas)
+    assert built.zero_terminal_snr
 
 
 def test_precision_on_the_cpu_is_float32_unless_asked() -> None:

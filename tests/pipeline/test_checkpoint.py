@@ -9,7 +9,7 @@ from torch import nn
 
 from ddpm_core import EMA
 from pipeline.engine.checkpoint import CheckpointFolder, load_model_spec, load_weights, save_model
-from pipeline.engine.state import TrainState
+from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.errors import UserError
 
 
@@ -37,7 +37,7 @@ def test_what_is_saved_comes_back_in_full(tmp_path: Path) -> None:
     folder.load(other, 10, torch.device("cpu"))
     for mine, theirs in ((state.network, other.network), (state.ema.network, other.ema.network)):
         assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
-    assert (other.images_seen, other.history, other.sums.tolist()) == (10, state.history, [1.0] * 4)
+    assert (other.images_seen, other.history, other.sums.tolist()) == (10, state.history, [1.0] * NUM_SUMS)
     advance(state)
     advance(other)  # the optimizer's moments came along
     assert torch.equal(state.network.weight, other.network.weight)

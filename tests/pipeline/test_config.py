@@ -25,6 +25,10 @@ def test_the_shipped_params_are_valid() -> None:
         ("source: digits", "source: idx", ["fetch", "idx_dir"]),
         ("  steps: 25", "  steps: 5000", ["sample.steps is 5000", "schedule.timesteps"]),
         ("raw: data/fetched ", "raw: data/fetched/mine ", ["data", "DVC deletes"]),
+        ("sigmoid_start: -3.0", "sigmoid_start: 3.0", ["schedule: sigmoid_start is 3.0, not below sigmoid_end"]),
+        ("sigmoid_tau: 1.0", "sigmoid_tau: 0.0", ["schedule.sigmoid_tau", "greater than 0"]),
+        ("min_snr_gamma: null", "min_snr_gamma: 0.0", ["train.min_snr_gamma", "greater than 0"]),
+        ("timestep_sampling: uniform", "timestep_sampling: loss-aware", ["train.timestep_sampling", "'stratified'"]),
         ("data:", "data: [", ["line", "not valid YAML"]),
     ],
 )
@@ -53,3 +57,15 @@ def test_a_missing_file_says_where_to_run_from(tmp_path: Path) -> None:
 def test_a_wrong_machine_variable_is_named(name: str) -> None:
     with pytest.raises(UserError, match=name):
         load_machine({name: "none", "PATH": "ignored"})
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_zero_terminal_snr_is_not_for_eps(tmp_path: Path, parameterization: str) -> None:
+    text = SHIPPED.read_text().replace("zero_terminal_snr: false", "zero_terminal_snr: true")
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace("parameterization: v ", f"parameterization: {parameterization} "))
+    if parameterization != "eps":
+        assert load_params(path).model.parameterization == parameterization
+        return
+    with pytest.raises(UserError, match=r"zero_terminal_snr is true, so model\.parameterization must be v or x0"):
+        load_params(path)
