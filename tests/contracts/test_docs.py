@@ -6,6 +6,7 @@ import sys
 
 from pipeline.lineage import ROOT
 from pipeline.machine import VARIABLES
+from pipeline.runtime.files import load_json
 
 README = (ROOT / "README.md").read_text()
 
@@ -21,6 +22,14 @@ def test_every_linked_file_exists() -> None:
     for document in (README, (ROOT / "docs/architecture.md").read_text()):
         for target in re.findall(r"\]\(([^)#]+)\)", document):
             assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_scores_in_the_readme_are_those_of_the_committed_run() -> None:
+    scores = load_json(ROOT / "metrics/evaluate.json")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", README, flags=re.MULTILINE)
+    assert {name for name, _ in rows} >= {"class_accuracy", "fd_efficientnet_lite0", "fd_floor", "fd_ratio"}
+    for name, shown in rows:
+        assert float(shown) == round(scores[name], len(shown.partition(".")[2])), name
 
 
 def test_every_make_target_in_the_readme_exists_and_help_lists_all() -> None:

@@ -27,6 +27,7 @@ def test_the_right_output_leads_back_to_x0_and_noise(parameterization: str, shap
     back = to_x0(schedule, parameterization, to_target(schedule, parameterization, x0, noise, t), x_t, t)
     torch.testing.assert_close(back, x0, atol=1e-3, rtol=0)
     torch.testing.assert_close(predict_noise_from_start(schedule, x_t, t, x0), noise, atol=1e-3, rtol=0)
+    torch.testing.assert_close(predict_start_from_noise(schedule, x_t, t, noise), x0, atol=1e-3, rtol=0)
 
 
 def test_an_unknown_parameterization_is_refused() -> None:

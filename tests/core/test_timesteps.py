@@ -69,6 +69,7 @@ def test_the_weights_undo_the_bias() -> None:
 
 
 def test_before_all_steps_are_known_and_without_any_loss_it_is_uniform() -> None:
+    assert LossAwareTimesteps(2).timesteps(torch.tensor([0.0, 0.5], dtype=torch.float64))[0].tolist() == [0, 1]
     sampler = LossAwareTimesteps(3)
     for losses in (torch.tensor([9.0] * HISTORY), torch.tensor([1.0] * (HISTORY - 1))):
         sampler.update(torch.full((len(losses),), int(losses[0] < 5)), losses)
