@@ -11,9 +11,11 @@ from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_
 from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
 from ddpm_core.nn.unet import UNet
 from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
-from ddpm_core.samplers.ddim import sample_ddim
+from ddpm_core.samplers.ddim import invert_ddim, sample_ddim, slerp
 from ddpm_core.samplers.ddpm import sample_ddpm
+from ddpm_core.samplers.dpm_solver import sample_dpm_solver
 from ddpm_core.samplers.grid import SPACINGS, make_timesteps
+from ddpm_core.samplers.heun import sample_heun
 from ddpm_core.schedules import (
     BETA_SCHEDULES,
     NoiseSchedule,
@@ -49,6 +51,7 @@ __all__ = [
     "discretised_gaussian_log_likelihood",
     "drop_labels",
     "get_loss",
+    "invert_ddim",
     "learned_log_variance",
     "make_betas",
     "make_timesteps",
@@ -62,6 +65,9 @@ __all__ = [
     "rescale_zero_terminal_snr",
     "sample_ddim",
     "sample_ddpm",
+    "sample_dpm_solver",
+    "sample_heun",
+    "slerp",
     "split_output",
     "stratified_timesteps",
     "timestep_embedding",

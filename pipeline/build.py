@@ -148,12 +148,21 @@ def build_sampler(
         if not num_classes:
             raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has no classes: use 1")
         denoiser = ClassifierFreeGuidance(network, params.guidance, null_label=num_classes)
-    common = {"parameterization": spec["parameterization"], "num_steps": params.steps, "spacing": params.spacing}
+    common = {
+        "parameterization": spec["parameterization"],
+        "num_steps": params.steps,
+        "spacing": params.spacing,
+        "dynamic_threshold": params.dynamic_threshold,
+    }
     method: Callable[..., Tensor]
     match params.sampler:
         case "ddim":
             method = partial(ddpm_core.sample_ddim, denoiser, schedule, eta=params.eta, **common)
         case "ddpm":
             method = partial(ddpm_core.sample_ddpm, denoiser, schedule, **common)
+        case "dpm_solver":
+            method = partial(ddpm_core.sample_dpm_solver, denoiser, schedule, **common)
+        case "heun":
+            method = partial(ddpm_core.sample_heun, denoiser, schedule, **common)
     shape = (spec["network"]["channels"], *2 * [spec["network"]["image_size"]])
     return ImageSampler(method, seed=params.seed, num_classes=num_classes, shape=shape)

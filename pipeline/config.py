@@ -119,11 +119,12 @@ class TrainParams(Section):
 class SampleParams(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     num_samples: Annotated[int, Field(ge=2)]
-    sampler: Literal["ddim", "ddpm"]
+    sampler: Literal["ddim", "ddpm", "dpm_solver", "heun"]
     steps: Positive
-    spacing: Literal["trailing", "leading", "linspace"]
+    spacing: Literal["trailing", "leading", "linspace", "quad"]
     eta: Share
     guidance: float
+    dynamic_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None
 
 
 class EvaluateParams(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,28 @@ from ddpm_core import NoiseSchedule
 from ddpm_core.schedules import at
 
 
-class GaussianWorld:
+class World:
+    """A network made of the exact E[x0 | x_t] that a subclass gives as `x0(x_t, t)`."""
+
+    schedule: NoiseSchedule
+
+    def x0(self, x_t: Tensor, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def denoiser(self, parameterization: str):
+        """The exact network for a parameterization."""
+
+        def predict(x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            x0 = self.x0(x_t, t)
+            signal = at(self.schedule.sqrt_alphas_cumprod, t, x_t).double()
+            sigma = at(self.schedule.sqrt_one_minus_alphas_cumprod, t, x_t).double()
+            eps = (x_t - signal * x0) / sigma
+            return {"x0": x0, "eps": eps, "v": signal * eps - sigma * x0}[parameterization]
+
+        return predict
+
+
+class GaussianWorld(World):
     """Data x0 ~ N(mean, deviation^2) in each dimension, and the best possible prediction for it.
 
     E[x0 | x_t] is linear in x_t, so a sampler that is right gives back the mean and the deviation.
@@ -25,17 +48,36 @@ class GaussianWorld:
         gain = signal * self.deviation**2 / (signal**2 * self.deviation**2 + noise_variance)
         return self.mean + gain * (x_t - signal * self.mean)
 
-    def denoiser(self, parameterization: str):
-        """The exact network for a parameterization."""
+    def flow(self, z: Tensor, signal: float, sigma: float) -> Tensor:
+        """Where the probability flow that ends at mean + deviation z stands when x_t = signal x0 + sigma eps."""
+        return signal * self.mean + (signal**2 * self.deviation**2 + sigma**2) ** 0.5 * z
 
-        def predict(x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-            x0 = self.x0(x_t, t)
-            signal = at(self.schedule.sqrt_alphas_cumprod, t, x_t).double()
-            sigma = at(self.schedule.sqrt_one_minus_alphas_cumprod, t, x_t).double()
-            eps = (x_t - signal * x0) / sigma
-            return {"x0": x0, "eps": eps, "v": signal * eps - sigma * x0}[parameterization]
 
-        return predict
+class MixtureWorld(World):
+    """Data from two Gaussians of one deviation, `weight` the share of the first; each dimension for itself."""
+
+    def __init__(
+        self, schedule: NoiseSchedule, means: tuple[float, float] = (-0.6, 0.5), deviation: float = 0.1,
+        weight: float = 0.3,
+    ) -> None:  # fmt: skip
+        self.schedule, self.means, self.deviation, self.weight = schedule, means, deviation, weight
+
+    def x0(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """E[x0 | x_t]: the mean of each component given x_t, by the probability that x_t comes from it."""
+        signal = at(self.schedule.sqrt_alphas_cumprod, t, x_t).double()
+        noise_variance = at(self.schedule.sqrt_one_minus_alphas_cumprod, t, x_t).double() ** 2
+        variance = signal**2 * self.deviation**2 + noise_variance
+        gain = signal * self.deviation**2 / variance
+        first, second = (m + gain * (x_t - signal * m) for m in self.means)
+        log_first, log_second = (-((x_t - signal * m) ** 2) / (2 * variance) for m in self.means)
+        odds = torch.sigmoid(log_first - log_second + math.log(self.weight / (1 - self.weight)))
+        return odds * first + (1 - odds) * second
+
+    def moments(self) -> list[float]:
+        """E[x0], E[x0^2], E[x0^3], E[x0^4]."""
+        d = self.deviation
+        rows = [(m, m**2 + d**2, m**3 + 3 * m * d**2, m**4 + 6 * m**2 * d**2 + 3 * d**4) for m in self.means]
+        return [self.weight * a + (1 - self.weight) * b for a, b in zip(*rows, strict=True)]
 
 
 def noise_source(shape: tuple[int, ...], seed: int = 0):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ddpm_core.guidance import Denoiser
-from ddpm_core.samplers.grid import Step, denoise, make_grid
+from ddpm_core.samplers.chain import Chain
+from ddpm_core.samplers.grid import Step
 from ddpm_core.schedules import NoiseSchedule
 
 
@@ -25,6 +26,7 @@ def sample_ddpm(
     num_steps: int | None = None,
     spacing: str = "trailing",
     clip_denoised: bool = True,
+    dynamic_threshold: float | None = None,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Walk the reverse chain, drawing each x_{t-1} from its posterior given the predicted x0.
@@ -41,28 +43,38 @@ def sample_ddpm(
         parameterization: what the network predicts.
         num_steps: S in [1, T]; None is all T.
         spacing: of the steps, as in `make_timesteps`.
-        clip_denoised: clip the predicted x0 to [-1, 1].
-        callback: called after each step with its place k = 1..S, the new x and the predicted x0.
+        clip_denoised: clip the predicted x0 to [-1, 1]: right for pixels, wrong for latents.
+        dynamic_threshold: instead of clipping, a share p in (0, 1] for dynamic thresholding: each sample's x0 is
+            clipped at the p-quantile of its size, where that is above 1, and divided by it.
+        callback: called after each step with its place k = 1..S, the new x and the predicted x0. Both are the
+            callback's to keep, not to change: no later step writes to them.
 
     Returns:
         (b, ...) samples.
+
+    Raises:
+        ValueError: num_steps, spacing, parameterization or dynamic_threshold is out of range.
     """
+    chain = Chain(
+        denoiser, schedule, x_noisy, condition=condition, parameterization=parameterization, num_steps=num_steps,
+        spacing=spacing, clip_denoised=clip_denoised, dynamic_threshold=dynamic_threshold,
+    )  # fmt: skip
     x = x_noisy
-    for k, step in enumerate(make_grid(schedule, num_steps or schedule.num_timesteps, spacing), start=1):
-        x0, _ = denoise(denoiser, step, x, condition, parameterization, clip_denoised)
-        x, deviation = _posterior_mean(step, x0, x), _deviation(step, schedule.v_posterior)
+    for k, step in enumerate(chain.steps, start=1):
+        x0 = chain.predict_x0(k, x)
+        of_x0, of_x = _mean_weights(step)
+        x = torch.mul(x0, of_x0, out=x0 if callback is None else None).add_(x, alpha=of_x)
         if step.prev_sigma > 0:  # the last step adds no noise
-            x = x.add(noise(k), alpha=deviation)
+            x.add_(noise(k), alpha=_deviation(step, schedule.v_posterior))
         if callback is not None:
             callback(k, x, x0)
     return x
 
 
-def _posterior_mean(step: Step, x0: Tensor, x_t: Tensor) -> Tensor:
+def _mean_weights(step: Step) -> tuple[float, float]:
+    """Weights of x0 and x_t in the mean of the posterior."""
     variance_t, variance_prev = step.sigma**2, step.prev_sigma**2
-    return (step.prev_signal * step.beta / variance_t) * x0 + (
-        math.sqrt(1 - step.beta) * variance_prev / variance_t
-    ) * x_t
+    return step.prev_signal * step.beta / variance_t, math.sqrt(1 - step.beta) * variance_prev / variance_t
 
 
 def _deviation(step: Step, v_posterior: float) -> float:

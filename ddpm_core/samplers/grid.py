@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from ddpm_core.guidance import Denoiser
 from ddpm_core.schedules import NoiseSchedule
-from ddpm_core.targets import x0_from_output
 
-SPACINGS = ("trailing", "leading", "linspace")
+SPACINGS = ("trailing", "leading", "linspace", "quad")
 
 
 def make_timesteps(num_timesteps: int, num_steps: int, spacing: str = "trailing") -> list[int]:
     """Exactly `num_steps` different steps below `num_timesteps`, from noisy to clean.
 
-    `trailing` holds the last step T - 1, `leading` holds step 0, `linspace` both (Lin et al. 2023, table 2). All in
-    integer arithmetic, so no rounding repeats or loses a step.
+    `trailing` holds the last step T - 1, `leading` holds step 0, `linspace` both (Lin et al. 2023, table 2). `quad`
+    holds both too and grows with the square, so most steps are clean (Song et al. 2021, appendix D.2); where squares
+    lie closer than whole numbers, the whole numbers are taken. All in integer arithmetic, so no rounding repeats or
+    loses a step.
 
     Args:
         num_timesteps: T of the schedule.
@@ -42,11 +42,15 @@ def make_timesteps(num_timesteps: int, num_steps: int, spacing: str = "trailing"
         case "linspace":
             gaps = max(1, num_steps - 1)
             return [(num_timesteps - 1) * (gaps - i) // gaps for i in range(num_steps)]
+        case "quad":
+            if num_steps == 1:
+                return [num_timesteps - 1]
+            squares = [(num_timesteps - 1) * i**2 // (num_steps - 1) ** 2 for i in range(num_steps)]
+            return [max(i, square) for i, square in reversed(list(enumerate(squares)))]
     raise ValueError(f"spacing {spacing!r} is unknown; known: {', '.join(SPACINGS)}")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step of a sampler: from diffusion step `t` to the one before it in the grid, the data itself at the end.
 
     x_t = signal * x0 + sigma * eps; `prev_signal`, `prev_sigma` likewise where the step leads (1 and 0 at the end);
@@ -59,6 +63,19 @@ class Step:
     prev_signal: float
     prev_sigma: float
     beta: float
+
+    @property
+    def log_snr_gain(self) -> float:
+        """By how much the step raises log(signal / sigma), half of log snr; infinite at the end, and at the
+        start of a chain with zero terminal SNR."""
+        if self.prev_sigma == 0 or self.signal == 0:
+            return math.inf
+        return math.log(self.prev_signal / self.signal) + math.log(self.sigma / self.prev_sigma)
+
+    @property
+    def shrinkage(self) -> float:
+        """By what factor the step multiplies sigma / signal; 0 where the gain is infinite."""
+        return self.prev_sigma / self.prev_signal * self.signal / self.sigma
 
 
 def make_grid(schedule: NoiseSchedule, num_steps: int, spacing: str = "trailing") -> list[Step]:
@@ -78,26 +95,3 @@ def make_grid(schedule: NoiseSchedule, num_steps: int, spacing: str = "trailing"
         -(here - prev).expm1(),
     )
     return [Step(t, *row) for t, row in zip(timesteps, torch.stack(columns, dim=1).tolist(), strict=True)]
-
-
-def denoise(
-    denoiser: Denoiser, step: Step, x_t: Tensor, condition: Tensor | None, parameterization: str, clip_denoised: bool
-) -> tuple[Tensor, Tensor]:
-    """One call of the network, as (x0, eps) that agree with each other and with x_t also after clipping.
-
-    Args:
-        denoiser: the network, or a guided one.
-        step: where in the grid.
-        x_t: (b, ...).
-        condition: passed on.
-        parameterization: what the network predicts.
-        clip_denoised: clip x0 to [-1, 1]: right for pixels, wrong for latents.
-
-    Returns:
-        x0 and eps, each (b, ...).
-    """
-    t = torch.full((len(x_t),), step.t, device=x_t.device, dtype=torch.int64)
-    x0 = x0_from_output(parameterization, denoiser(x_t, t, condition).to(x_t.dtype), x_t, step.signal, step.sigma)
-    if clip_denoised:
-        x0 = x0.clamp(-1, 1)
-    return x0, (x_t - step.signal * x0) / step.sigma

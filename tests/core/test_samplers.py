@@ -26,6 +26,8 @@ def test_trailing_starts_in_noise_and_leading_ends_at_the_data() -> None:
     assert make_timesteps(1000, 30, "trailing")[0] == 999
     assert make_timesteps(1000, 30, "leading")[-1] == 0
     assert [make_timesteps(1000, 30, "linspace")[i] for i in (0, -1)] == [999, 0]
+    assert make_timesteps(1000, 5, "quad") == [999, 561, 249, 62, 0]
+    assert make_timesteps(1000, 500, "quad")[-4:] == [3, 2, 1, 0]  # squares alone give 0, 0, 0, 0
 
 
 @pytest.mark.parametrize(

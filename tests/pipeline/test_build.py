@@ -89,11 +89,13 @@ def test_precision_on_the_cpu_is_float32_unless_asked() -> None:
     assert build_precision("bfloat16", cpu) == torch.bfloat16
 
 
-@pytest.mark.parametrize(("sampler", "guidance"), [("ddim", 1.0), ("ddim", 2.0), ("ddpm", 0.0)])
-def test_a_sample_depends_on_its_seed_alone(sampler: str, guidance: float) -> None:
-    params = changed("model", base_channels=8).model_copy(
-        update={"sample": PARAMS.sample.model_copy(update={"sampler": sampler, "steps": 4, "guidance": guidance})}
-    )
+@pytest.mark.parametrize(
+    ("sampler", "guidance", "threshold"),
+    [("ddim", 1.0, None), ("ddim", 2.0, 0.9), ("ddpm", 0.0, None), ("dpm_solver", 1.0, None), ("heun", 1.0, 0.9)],
+)
+def test_a_sample_depends_on_its_seed_alone(sampler: str, guidance: float, threshold: float | None) -> None:
+    settings = {"sampler": sampler, "steps": 4, "guidance": guidance, "dynamic_threshold": threshold}
+    params = changed("model", base_channels=8).model_copy(update={"sample": changed("sample", **settings).sample})
     spec = make_model_spec(params, index())
     network = build_network(spec).eval()
     torch.nn.init.normal_(network.conv_out.weight, std=0.1)
@@ -104,3 +106,16 @@ def test_a_sample_depends_on_its_seed_alone(sampler: str, guidance: float) -> No
     alone = draw(torch.tensor([7]))
     assert (together[7].int() - alone[0].int()).abs().max() <= 1
     assert not torch.equal(together[7], together[8])
+
+
+def test_each_sampler_name_is_its_own_method_and_the_threshold_reaches_it() -> None:
+    spec = make_model_spec(changed("model", base_channels=8), index())
+    network = build_network(spec).eval()
+    torch.nn.init.normal_(network.conv_out.weight, std=3.0)
+
+    def draw(**settings: object) -> bytes:
+        params = changed("sample", steps=4, **settings).sample
+        return build_sampler(params, spec, network, build_schedule(spec))(torch.arange(4)).numpy().tobytes()
+
+    names, shares = ("ddim", "ddpm", "dpm_solver", "heun"), (None, 0.5)
+    assert len({draw(sampler=name, dynamic_threshold=share) for name in names for share in shares}) == 8
