@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ def make_model_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
         "schedule": params.schedule.model_dump(),
         "parameterization": params.model.parameterization,
         "classes": list(index.classes),
+        "labels": [int(label) for label in np.unique(index.samples["label"]) if label >= 0],  # of classes with images
     }
 
 
@@ -165,4 +167,4 @@ def build_sampler(
         case "heun":
             method = partial(ddpm_core.sample_heun, denoiser, schedule, **common)
     shape = (spec["network"]["channels"], *2 * [spec["network"]["image_size"]])
-    return ImageSampler(method, seed=params.seed, num_classes=num_classes, shape=shape)
+    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape)

@@ -74,6 +74,8 @@ def torch_findings() -> Iterator[Finding]:
     yield Finding(True, f"torch {torch.__version__}, distributed {'yes' if torch.distributed.is_available() else 'no'}")
     if not torch.cuda.is_available():
         yield Finding(None, "no CUDA device: training runs on the CPU")
+    elif not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        yield Finding(None, "no C compiler, which torch.compile needs on a GPU: install one, or set PIPELINE_COMPILE=0")
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         bfloat16 = "with" if torch.cuda.is_bf16_supported(including_emulation=False) else "without"

@@ -50,7 +50,8 @@ def main() -> None:
         "num_samples": samples.num_images,
         "num_reference": real.num_images,
         "floor_images": size,
-        "protocol": f"{extractor.protocol} / {samples.num_images} samples, {real.num_images} real",
+        "protocol": f"{extractor.protocol} / {samples.num_images} samples, {real.num_images} real, "
+        f"pixels of {min(params.real_images, real.num_images)}",
     }
     model = load_json(paths.MODEL / "model.json")["lineage"]
     save_json(paths.EVALUATE_METRICS, {**scores, "train_key": model["train_key"]})
@@ -100,7 +101,7 @@ def distances(
         f"fd_{extractor}": mean_distance([generated["all"]], [real["all"]]),
         "fd_floor": floor,
         "fd_like_for_like": like,
-        "fd_ratio": None if like is None else like / floor,
+        "fd_ratio": None if like is None or floor == 0 else like / floor,
     }
 
 
@@ -108,7 +109,7 @@ def pixel_scores(real: ShardIndex, samples: ShardIndex, most: int) -> dict[str, 
     """Agreement with the asked class, and how many samples are near copies; each beside its value for real images."""
     pixels, labels = read_vectors(real, most)
     generated, asked = read_vectors(samples, samples.num_images)
-    accuracy = class_accuracy(pixels, labels, generated, asked) if real.num_classes > 1 else (None, None)
+    accuracy = class_accuracy(pixels, labels, generated, asked)
     one, other = halves(len(pixels), len(pixels) // 2)
     return {
         "class_accuracy": accuracy[0],

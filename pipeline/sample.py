@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.engine.checkpoint import load_model_spec, load_weights
 from pipeline.engine.generate import ImageSampler, generate_blocks, read_blocks
 from pipeline.lineage import stage_key
 from pipeline.machine import load_machine
-from pipeline.runtime.files import sha256_file, whole_file
+from pipeline.runtime.files import locked_folder, sha256_file, whole_file
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
@@ -44,16 +45,18 @@ def main() -> None:
     with start_topology(machine) as topology:
         train_key, name = spec["lineage"]["train_key"], f"sample-{key[:6]}"
         speaks = topology.is_main and machine.tracking
-        with open_tracker(machine.state, train_key, run_name=name, tags={}, enabled=speaks) as tracker:
+        with (
+            locked_folder(folder) if topology.is_main else nullcontext(),
+            open_tracker(machine.state, train_key, run_name=name, tags={}, enabled=speaks) as tracker,
+        ):
             started = time.monotonic()
             sampler = load_sampler(params, spec, topology)
             blocks = generate_blocks(sampler, folder, params.num_samples, machine.sample_batch, topology)
             if topology.is_main:
                 publish(sampler, spec, params, blocks)
-                seconds = time.monotonic() - started
-                report(tracker, params, spec, seconds)
+                report(tracker, params, spec, time.monotonic() - started)
                 shutil.rmtree(folder)
-        topology.barrier()
+            topology.barrier()
 
 
 def load_sampler(params: SampleParams, spec: dict[str, Any], topology: Topology) -> ImageSampler:
@@ -78,7 +81,7 @@ def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, b
         paths.SAMPLES, samples(), image_size=network["image_size"], channels=network["channels"], encoding="raw",
         classes=tuple(spec["classes"]), shard_images=SHARD_IMAGES,
     )  # fmt: skip
-    columns = min(10, len(spec["classes"]) or 10)
+    columns = min(10, len(spec["labels"]) or 10)
     shown = [image for image, _ in zip(read_blocks(blocks), range(GRID_ROWS * columns), strict=False)]
     with whole_file(paths.SAMPLE_GRID) as aside:
         Image.fromarray(make_grid(np.stack(shown), columns)).save(aside, format="PNG")

@@ -6,6 +6,7 @@ import csv
 import getpass
 import io
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -38,7 +39,7 @@ from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
 from pipeline.lineage import provenance, source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
-from pipeline.runtime.files import save_json, save_text
+from pipeline.runtime.files import locked_folder, save_json, save_text
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
@@ -57,26 +58,29 @@ def main() -> None:
     stop = StopRequest()
     index = load_index(paths.SHARDS)
     spec = make_model_spec(params, index)
-    lineage = make_lineage(params, index)
-    checkpoints = CheckpointFolder(machine.state / "train" / lineage["train_key"])
-    with (
-        start_topology(machine) as topology,
-        checkpoints if topology.is_main else nullcontext(),
-        open_run(params, machine, topology, index, lineage) as tracker,
-    ):
-        step = make_step(params, machine, topology, spec)
-        resume(step.state, checkpoints, topology)
-        run_loop(step, params, machine, topology, index, spec, checkpoints, tracker, stop)
-        if topology.is_main:
-            publish(step.state, spec, lineage, tracker)
-        topology.barrier()
+    with start_topology(machine) as topology:
+        dtype = build_precision(params.train.precision, topology.device)
+        lineage = make_lineage(params, index, dtype)
+        checkpoints = CheckpointFolder(machine.state / "train" / lineage["train_key"])
+        with (
+            locked_folder(checkpoints.root) if topology.is_main else nullcontext(),
+            open_run(params, machine, topology, index, lineage) as tracker,
+        ):
+            step = make_step(params, machine, topology, spec, dtype)
+            resume(step.state, checkpoints, topology)
+            run_loop(step, params, machine, topology, index, spec, checkpoints, tracker, stop)
+            if topology.is_main:
+                publish(step.state, spec, lineage, tracker)
+            topology.barrier()
 
 
-def make_lineage(params: Params, index: ShardIndex) -> dict[str, Any]:
+def make_lineage(params: Params, index: ShardIndex, dtype: torch.dtype) -> dict[str, Any]:
     """Where the model comes from; its `train_key` names the resume state and the MLflow run."""
     sections = (params.schedule, params.model, params.train)
+    precision = str(dtype).removeprefix("torch.")
     return {
-        "train_key": stage_key("pipeline.train", sections, {"shards": index.sha256}),
+        "train_key": stage_key("pipeline.train", sections, {"shards": index.sha256, "precision": precision}),
+        "precision": precision,
         "shard_index_sha256": index.sha256,
         "code_sha256": source_sha256("pipeline.train"),
         "train": params.train.model_dump(mode="json"),
@@ -93,7 +97,8 @@ def open_run(
         "world_size": str(topology.world_size),
         "device": torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "mlflow.user": getpass.getuser(),
+        "precision": lineage["precision"],
+        "mlflow.user": user_name(),
         "mlflow.source.name": "pipeline.train",
         **provenance(),
     }
@@ -108,7 +113,17 @@ def open_run(
     return tracker
 
 
-def make_step(params: Params, machine: Machine, topology: Topology, spec: dict[str, Any]) -> TrainStep:
+def user_name() -> str:
+    """Who runs this; a number where the system has no name for it, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def make_step(
+    params: Params, machine: Machine, topology: Topology, spec: dict[str, Any], dtype: torch.dtype
+) -> TrainStep:
     """Network, average and optimizer on this rank's device, and the step that trains them."""
     config = params.train
     if config.batch_size < topology.world_size:
@@ -128,7 +143,7 @@ def make_step(params: Params, machine: Machine, topology: Topology, spec: dict[s
         label_dropout=config.label_dropout,
         horizontal_flip=config.horizontal_flip,
         max_grad_norm=config.max_grad_norm,
-        dtype=build_precision(config.precision, device),
+        dtype=dtype,
         learning_rate=build_learning_rate(config),
         loss=partial(
             p_losses,
@@ -177,7 +192,7 @@ def run_loop(
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
     sampler = build_sampler(quick, spec, state.ema.network, step.schedule)
-    columns = min(10, len(spec["classes"]) or 10)
+    columns = min(10, len(spec["labels"]) or 10)
 
     def preview(images_seen: int) -> None:
         pixels = sampler(torch.arange(PREVIEW.num_samples, device=topology.device))
@@ -204,7 +219,10 @@ def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tr
     parameters = sum(p.numel() for p in state.network.parameters())
     save_json(paths.TRAIN_METRICS, {**state.history[-1], "parameters": parameters})
     memory = peak_memory_gib()
-    tracker.log_metrics({"train/peak_memory_gib": memory}, state.images_seen, replace=True)
+    peaks = {"train/peak_memory_gib": memory}
+    if next(state.network.parameters()).is_cuda:
+        peaks["train/peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    tracker.log_metrics(peaks, state.images_seen, replace=True)
     tracker.log_artifact(paths.MODEL / "model.json", "model")
     tracker.log_artifact(paths.LOSS_CURVE, "plots")
     log.info("train: done, %s images, %s parameters, loss %.4f, peak memory %.2f GiB a process",

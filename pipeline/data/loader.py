@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.data.index import ShardIndex
 from pipeline.data.order import Order
 from pipeline.data.store import ShardStore
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,19 @@ def iterate_batches(
         num_workers=workers,
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers else None,  # a fork would copy locks held by other threads
+        worker_init_fn=_outlive_signals,
     )
-    for images, labels, positions in loader:
-        yield Batch(images, labels, positions)
+    try:
+        for images, labels, positions in loader:
+            yield Batch(images, labels, positions)
+    except UserError as error:  # from a worker it comes wrapped in that worker's traceback
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        ) from None
+
+
+def _outlive_signals(worker: int) -> None:
+    """A stop reaches the whole process group; the step in which it comes still needs its data. torch ends the workers
+    of a dead parent by itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

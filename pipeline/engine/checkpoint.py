@@ -7,12 +7,10 @@ two). It is written aside and renamed, so a folder under that name is whole.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,8 +27,8 @@ MODEL_FORMAT = 2
 class CheckpointFolder:
     """The checkpoints of one training, named by the key of what determines its result.
 
-    As a context manager it holds the folder's lock, so that an orphan of an earlier start and its successor can't both
-    write.
+    The caller holds the folder's lock while it writes, so that an orphan of an earlier start and its successor can't
+    both.
 
     Args:
         root: the folder.
@@ -40,29 +38,12 @@ class CheckpointFolder:
     def __init__(self, root: Path, keep: int = 2) -> None:
         self.root = root
         self.keep = keep
-        self._lock: int | None = None
-
-    def __enter__(self) -> Self:
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._lock, 32).decode() or "?"
-            raise UserError(
-                f"{self.root} is in use by process {holder}: the same training already runs; wait for it or end it"
-            ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def save(self, state: TrainState) -> Path:
-        """Write the state under its images seen, then drop what is older than the newest `keep`."""
+        """Write the state under its images seen, then drop all but the newest `keep` up to there.
+
+        Later ones can only be damaged, or this state would have begun with them.
+        """
         path = self.root / f"images-{state.images_seen:012d}"
         with whole_folder(path) as aside:
             save_file(_contiguous(state.ema.network.state_dict()), aside / "average.safetensors")
@@ -70,8 +51,10 @@ class CheckpointFolder:
             hashes = {name: sha256_file(aside / name) for name in ("average.safetensors", "resume.pt")}
             content = {"images_seen": state.images_seen, "history": state.history, "sha256": hashes}
             save_json(aside / "state.json", content)
-        for old in self._all()[: -self.keep]:
-            shutil.rmtree(old)
+        kept = [other for other in self._all() if other.name <= path.name][-self.keep :]
+        for other in self._all():
+            if other not in kept:
+                shutil.rmtree(other)
         return path
 
     def newest(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.data.pixels import to_uint8
+from pipeline.errors import UserError
 from pipeline.runtime.files import whole_file
 from pipeline.runtime.rng import Stream, draw_normal
 from pipeline.runtime.topology import Topology
@@ -23,19 +24,24 @@ class ImageSampler:
     Args:
         method: `method(x_noisy, noise, condition=labels)`, a sampler of ddpm_core with all else bound.
         seed: of the whole set, in [0, 2**32).
-        num_classes: labels go round the classes with the seed, so any range of seeds is balanced; 0 for none.
+        classes: the labels to ask for; they go round with the seed, so any range of seeds is balanced. Empty: the model
+            has none.
         shape: of one image, (c, h, w).
     """
 
-    def __init__(self, method: Callable[..., Tensor], *, seed: int, num_classes: int, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, method: Callable[..., Tensor], *, seed: int, classes: Sequence[int], shape: tuple[int, ...]
+    ) -> None:
         self.method = method
         self.seed = seed
-        self.num_classes = num_classes
+        self.classes = tuple(classes)
         self.shape = shape
 
     def labels(self, seeds: Tensor) -> Tensor | None:
         """(b,) int64 labels of (b,) seeds; None without classes."""
-        return seeds % self.num_classes if self.num_classes else None
+        if not self.classes:
+            return None
+        return torch.tensor(self.classes, device=seeds.device)[seeds % len(self.classes)]
 
     def __call__(self, seeds: Tensor) -> Tensor:
         """(b,) int64 seeds on the network's device -> (b, c, h, w) uint8 there."""
@@ -62,6 +68,9 @@ def generate_blocks(
 
     Returns:
         the paths of all blocks in the order of seeds, complete on every rank.
+
+    Raises:
+        UserError: a rank can't see another's blocks.
     """
     starts = range(0, num_samples, block_size)
     blocks = [folder / f"seeds-{start:09d}.npy" for start in starts]
@@ -77,6 +86,10 @@ def generate_blocks(
                     np.save(file, images.cpu().numpy())
             bar.update(count if topology.world_size == 1 else min(count * topology.world_size, num_samples - bar.n))
     topology.barrier()
+    if missing := [path for path in blocks if not path.exists()]:
+        raise UserError(
+            f"{missing[0]} is not visible on this node: PIPELINE_STATE must be a folder shared by all nodes"
+        )
     return blocks
 
 

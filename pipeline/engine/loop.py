@@ -96,6 +96,7 @@ def train(
             if topology.is_main and due(plan.preview_every_images):
                 observers.preview(state.images_seen)
             if stopping and state.images_seen < plan.total_images:
+                topology.barrier()  # a rank that leaves while another saves would have it killed
                 raise Stopped(
                     f"at {state.images_seen:,} of {plan.total_images:,} images, saved in {checkpoints.root}; "
                     "run the same command to go on"

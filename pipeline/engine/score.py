@@ -98,26 +98,31 @@ def read_vectors(index: ShardIndex, most: int) -> tuple[NDArray[np.float32], NDA
 
 def class_accuracy(
     real: NDArray[np.float32], labels: NDArray[np.int64], samples: NDArray[np.float32], asked: NDArray[np.int64]
-) -> tuple[float, float]:
+) -> tuple[float | None, float | None]:
     """How often a support vector classifier trained on real images agrees with the label that was asked for.
 
     Returns:
-        the share of samples; and of a held-out fifth of the real images, for a classifier trained on the rest.
+        the share of samples; and of a held-out fifth of the real images, for a classifier trained on the rest. None
+        where the images to train on are of one class.
     """
     from sklearn.svm import SVC  # slow to import
 
-    def classifier() -> SVC:
-        return SVC(C=10.0, gamma="scale")
+    def agreement(known: NDArray[np.int64], images: NDArray[np.float32], truth: NDArray[np.int64]) -> float | None:
+        if len(np.unique(labels[known])) < 2 or not len(images):
+            return None
+        return float(SVC(C=10.0, gamma="scale").fit(real[known], labels[known]).score(images, truth))
 
     order = draw_permutation(0, Stream.HALVES, len(real), draw=1).numpy()
     held_out, rest = np.split(order, [len(real) // 5])
-    known = classifier().fit(real[rest], labels[rest]).score(real[held_out], labels[held_out])
-    return float(classifier().fit(real, labels).score(samples, asked)), float(known)
+    return agreement(order, samples, asked), agreement(rest, real[held_out], labels[held_out])
 
 
 def memorised_share(candidates: NDArray[np.float32], real: NDArray[np.float32]) -> float:
-    """Share of candidates nearer to their nearest real image than that image is to any other real image."""
-    pool = torch.from_numpy(real)
+    """Share of candidates nearer to their nearest real image than that image is to any other, different real image.
+
+    Real images that occur twice count once: otherwise a copy of one could not be nearer than its twin.
+    """
+    pool = torch.from_numpy(np.unique(real, axis=0))
     spacing = torch.cat([_nearest(part, pool, first=i * _CHUNK)[0] for i, part in enumerate(torch.split(pool, _CHUNK))])
     closer = 0
     for part in torch.split(torch.from_numpy(candidates), _CHUNK):

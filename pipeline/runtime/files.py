@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 
@@ -68,6 +71,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Like :func:`whole_file` for a folder: a folder already at `path` is replaced, never mixed with.
 
+    A path has one writer at a time: what an earlier one left unfinished is removed.
+
     Args:
         path: the folder.
         durable: flush every file to the disk before the rename. Without it only a crash of the machine can lose
@@ -75,6 +80,8 @@ def whole_folder(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left_by_a_kill in path.parent.glob(f".{path.name}.*.part"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     try:
         yield aside
@@ -89,6 +96,34 @@ def whole_folder(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Hold a folder for this process, making it where it is missing; the kernel lets go when the process ends.
+
+    Raises:
+        UserError: another process holds it, or the file system has no locks.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode() or "?"
+            raise UserError(
+                f"{path} is in use by process {holder}: the same work already runs; wait or end it"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{path} can't be locked ({error.strerror}): set PIPELINE_STATE to a file system with locks"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save_text(path: str | Path, text: str) -> None:

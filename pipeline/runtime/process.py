@@ -46,6 +46,12 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which not every stage imports
+            raise
+        print(f"{prefix}error: out of GPU memory ({error}): set PIPELINE_MICRO_BATCH (training) or "
+              "PIPELINE_SAMPLE_BATCH (sampling, features) to fewer images", file=sys.stderr, flush=True)  # fmt: skip
+        sys.exit(EXIT_USER_ERROR)
     sys.exit(0)
 
 
@@ -82,7 +88,11 @@ def _is_dvc(process: psutil.Process) -> bool:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second one acts at once."""
+    """Turns SIGINT and SIGTERM into a flag that the loop reads.
+
+    A second Ctrl-C acts at once. A second SIGTERM doesn't: the kernel, torchrun and the watcher of DVC may each send
+    one for the same end, and none may cut short the saving that the first one asked for.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -91,7 +101,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
 
 def restart_under_torchrun(module: str, machine: Machine) -> None:

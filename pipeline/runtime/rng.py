@@ -1,7 +1,7 @@
 """Random numbers as a pure function of (seed, stream, position): the same on any machine, rank, worker or batch size.
 
 Philox4x32-10, the counter-based generator of Salmon et al. 2011, written in integer tensor operations so that it runs
-on the device where the numbers are used and compiles into one kernel. There is no state to save: a position is an
+on the device where the numbers are used. There is no state to save: a position is an
 image's place in the training order, or a sample's seed.
 
 **Source**: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.

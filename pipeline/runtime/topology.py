@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.machine import Machine
 
 _TIMEOUT = timedelta(minutes=10)
+_LONG_WAIT = timedelta(days=1)
 
 
 class Topology:
@@ -35,6 +36,7 @@ class Topology:
         self.local_rank, self.local_world_size = local_rank, local_world_size
         self.device = device
         self._stop_group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world_size > 1 else None
+        self._wait_group = dist.new_group(backend="gloo", timeout=_LONG_WAIT) if world_size > 1 else None
         self._pending_stop: tuple[dist.Work | None, Tensor] | None = None
 
     @property
@@ -74,9 +76,9 @@ class Topology:
         return int(box)
 
     def barrier(self) -> None:
-        """Wait for every rank."""
-        if self._stop_group is not None:
-            dist.barrier(group=self._stop_group)
+        """Wait for every rank, however long its work takes."""
+        if self._wait_group is not None:
+            dist.barrier(group=self._wait_group)
 
     def agree_to_stop(self, wish: bool) -> bool:
         """True on every rank at the same call, one call after any rank first wished it.

@@ -61,10 +61,10 @@ def test_two_ranks_train_the_same_model_and_draw_the_same_samples_as_one(trained
     assert np.abs(pixels(untrained) - pixels(trained)).max() <= 1
 
 
-def start_training(folder: Path, *launcher: str) -> subprocess.Popen[str]:
+def start_training(folder: Path, *launcher: str, **extra: str) -> subprocess.Popen[str]:
     """A training that has written its first checkpoint."""
     command = ["python", *launcher, "-m", "pipeline.train"]
-    process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, env=environment(**extra), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(folder.glob(".state/train/*/images-*")):
         assert process.poll() is None, process.stderr.read()
@@ -74,10 +74,12 @@ def start_training(folder: Path, *launcher: str) -> subprocess.Popen[str]:
 
 
 def test_two_ranks_stop_together_and_one_goes_on(trained: Path, untrained: Path) -> None:
-    process = start_training(untrained, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = start_training(untrained, *launcher, PIPELINE_WORKERS="2")  # the signal reaches the workers too
     process.terminate()
     said = process.communicate(timeout=60)[1]
     assert said.count("stopped: at") == 1, said
+    assert "DataLoader worker" not in said
     assert "going on at" in stage(untrained, "train")
     one, two = (torch.cat([w.flatten() for w in weights(folder).values()]) for folder in (trained, untrained))
     assert float((two - one).norm() / one.norm()) < 1e-4

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,8 @@ PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 
 
 def index(size: int = 8, classes: int = 10) -> SimpleNamespace:
-    return SimpleNamespace(image_size=size, channels=1, num_classes=classes, classes=tuple(map(str, range(classes))))
+    names, labels = tuple(map(str, range(classes))), np.repeat(np.arange(classes or 1) if classes else [-1], 3)
+    return SimpleNamespace(image_size=size, channels=1, num_classes=classes, classes=names, samples={"label": labels})
 
 
 def changed(section: str, **values: object) -> Params:

@@ -11,6 +11,7 @@ from ddpm_core import EMA
 from pipeline.engine.checkpoint import CheckpointFolder, load_model_spec, load_weights, save_model
 from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.errors import UserError
+from pipeline.runtime.files import locked_folder
 
 
 def make_state(seed: int = 0) -> TrainState:
@@ -70,10 +71,20 @@ def test_a_crash_while_writing_leaves_the_one_before(tmp_path: Path, monkeypatch
 
 
 def test_two_writers_are_one_too_many(tmp_path: Path) -> None:
-    with CheckpointFolder(tmp_path), pytest.raises(UserError, match="in use by process"), CheckpointFolder(tmp_path):
+    with locked_folder(tmp_path), pytest.raises(UserError, match="in use by process"), locked_folder(tmp_path):
         pass
-    with CheckpointFolder(tmp_path):  # free again
+    with locked_folder(tmp_path):  # free again
         pass
+
+
+def test_a_good_checkpoint_is_not_pushed_out_by_damaged_ones_ahead_of_it(tmp_path: Path) -> None:
+    folder, state = CheckpointFolder(tmp_path, keep=2), make_state()
+    for images in (100, 200):
+        (tmp_path / f"images-{images:012d}").mkdir()
+    assert folder.newest() is None
+    advance(state)
+    folder.save(state)
+    assert folder.newest() == 10
 
 
 def test_a_resume_file_with_code_in_it_is_not_executed(tmp_path: Path) -> None:

@@ -24,6 +24,13 @@ def test_a_folder_is_replaced_and_never_mixed(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_a_kill_left_unfinished_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".out.abc.part").mkdir()
+    with whole_folder(tmp_path / "out") as aside:
+        (aside / "a").write_text("a")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_nan_is_refused_in_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         save_json(tmp_path / "a.json", {"loss": float("nan")})

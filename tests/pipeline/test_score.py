@@ -14,6 +14,16 @@ def test_copies_are_memorised_and_far_images_are_not() -> None:
     assert memorised_share(mixed, real) == pytest.approx(3 / 12)
 
 
+def test_a_copy_of_an_image_that_is_there_twice_is_a_copy() -> None:
+    real = np.random.default_rng(0).random((10, 6)).astype(np.float32)
+    assert memorised_share(real, np.concatenate((real, real))) == 1.0
+
+
+def test_one_class_gives_no_accuracy() -> None:
+    images, labels = np.zeros((6, 2), dtype=np.float32), np.ones(6, dtype=np.int64)
+    assert class_accuracy(images, labels, images, labels) == (None, None)
+
+
 def test_the_share_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     real, samples = rng.random((50, 4), np.float32), rng.random((30, 4), np.float32)
