@@ -7,18 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 
 from ddpm_core.frechet import Moments
 from pipeline import paths
 from pipeline.config import load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.engine.features import load_extractor
-from pipeline.engine.score import class_accuracy, halves, mean_distance, memorised_share, read_vectors, stream_moments
+from pipeline.engine.score import (
+    class_accuracy,
+    halves,
+    load_moments,
+    mean_distance,
+    memorised_share,
+    read_vectors,
+    save_moments,
+    stream_moments,
+)
 from pipeline.errors import UserError
 from pipeline.lineage import provenance
 from pipeline.machine import load_machine
-from pipeline.runtime.files import load_json, save_json
+from pipeline.runtime.files import load_json, save_json, whole_folder
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import restart_under_torchrun, run_stage
 from pipeline.runtime.topology import start_topology
@@ -53,6 +61,8 @@ def main() -> None:
         "protocol": f"{extractor.protocol} / {samples.num_images} samples, {real.num_images} real, "
         f"pixels of {min(params.real_images, real.num_images)}",
     }
+    with whole_folder(paths.EVALUATION) as aside:
+        save_moments(aside / "all.safetensors", generated["all"])
     model = load_json(paths.MODEL / "model.json")["lineage"]
     save_json(paths.EVALUATE_METRICS, {**scores, "train_key": model["train_key"]})
     with open_tracker(
@@ -74,12 +84,12 @@ def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict
     """
     try:
         reference: dict[str, Any] = load_json(folder / "reference.json")
-        tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
+        moments = {name: load_moments(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no readable reference ({error}); run `dvc repro reference`") from None
     if reference["shard_index_sha256"] != real.sha256:
         raise UserError(f"{folder} belongs to other shards than {real.folder}: run `dvc repro reference`")
-    return reference, {name: Moments.from_tensors(t["n"], t["total"], t["outer"]) for name, t in tensors.items()}
+    return reference, moments
 
 
 def distances(

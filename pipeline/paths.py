@@ -19,4 +19,5 @@ LOSS_CURVE = Path("plots/loss.csv")
 SAMPLES = Path("samples")
 SAMPLE_INDEX = SAMPLES / "index.json"
 SAMPLE_GRID = Path("plots/samples.png")
+EVALUATION = Path("evaluation")
 EVALUATE_METRICS = Path("metrics/evaluate.json")

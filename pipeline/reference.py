@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 
-import torch
-from safetensors.torch import save_file
-
 from pipeline import paths
 from pipeline.config import load_params
 from pipeline.data.index import load_index
 from pipeline.engine.features import load_extractor
-from pipeline.engine.score import halves, stream_moments
+from pipeline.engine.score import halves, save_moments, stream_moments
 from pipeline.errors import UserError
 from pipeline.machine import load_machine
 from pipeline.runtime.files import save_json, whole_folder
@@ -44,8 +41,7 @@ def main() -> None:
             return
     with whole_folder(paths.REFERENCE) as aside:
         for name, one in moments.items():
-            n, total, outer = one.to_tensors()
-            save_file({"n": torch.as_tensor(n), "total": total, "outer": outer}, aside / f"{name}.safetensors")
+            save_moments(aside / f"{name}.safetensors", one)
         description = {
             "extractor": extractor.name,
             "protocol": extractor.protocol,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -68,6 +70,18 @@ def stream_moments(
 
 def _over_ranks(moments: Moments, topology: Topology) -> Moments:
     return Moments.from_tensors(*(topology.sum_(tensor) for tensor in moments.to_tensors()))
+
+
+def save_moments(path: Path, moments: Moments) -> None:
+    """Write moments as safetensors `n`, `total`, `outer`."""
+    n, total, outer = moments.to_tensors()
+    save_file({"n": n, "total": total, "outer": outer}, path)
+
+
+def load_moments(path: Path) -> Moments:
+    """Read what :func:`save_moments` wrote."""
+    tensors = load_file(path)
+    return Moments.from_tensors(tensors["n"], tensors["total"], tensors["outer"])
 
 
 def mean_distance(first: list[Moments], second: list[Moments]) -> float:
