@@ -101,7 +101,7 @@ def test_stages_are_sections_and_their_params_exist() -> None:
 
 
 def test_every_stage_runs_in_a_fresh_clone() -> None:
-    """Outputs in git are there in a clone: a stage with no other would be skipped, and its part of the MLflow run lost."""
+    """Outputs in git are there in a clone: a stage with no other would be skipped, and its part of the run lost."""
     for stage, content in PIPELINE["stages"].items():
         assert any(isinstance(out, str) for out in content.get("outs", [])), stage
 
