@@ -65,8 +65,10 @@ def main() -> None:
         save_moments(aside / "all.safetensors", generated["all"])
     model = load_json(paths.MODEL / "model.json")["lineage"]
     save_json(paths.EVALUATE_METRICS, {**scores, "train_key": model["train_key"]})
+    # Under names of their own: the run's git_commit is that of the training, and this may be a later one.
+    tags = {f"eval.{name}": value for name, value in provenance().items()}
     with open_tracker(
-        machine.state, model["train_key"], run_name="evaluate", tags=provenance(), enabled=machine.tracking
+        machine.state, model["train_key"], run_name="evaluate", tags=tags, enabled=machine.tracking
     ) as tracker:
         tracker.set_tags({f"eval.{name}": str(scores[name]) for name in ("protocol", "num_reference", "floor_images")})
         numbers = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float) or k == "num_samples"}

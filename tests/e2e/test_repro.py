@@ -68,6 +68,10 @@ def test_a_folder_of_images_becomes_a_scored_model_and_one_run(tmp_path: Path) -
     tags = dict(query(folder, "select key, value from tags"))
     assert tags["train_key"] == scores["train_key"] == load_json(folder / "model/model.json")["lineage"]["train_key"]
     assert {"git_commit", "dvc_lock_sha256", "shard_index_sha256", "world_size", "eval.protocol"} <= set(tags)
+    # An evaluation at a later commit must not pass for the commit of the training.
+    (origin,) = query(folder, "select count(*) from tags where key = 'git_commit' and value = (select value from tags "
+                              "where key = 'eval.git_commit')")  # fmt: skip
+    assert origin == (1,)
     images = list((folder / "mlartifacts").rglob("images/samples*.png"))
     assert len(images) == 2, images
     params = dict(query(folder, "select key, value from params"))
