@@ -4,7 +4,7 @@ Shapes: x is (b, ...), t is (b,) int64 in [0, T). Randomness is an argument; not
 variable or a rank.
 """
 
-from ddpm_core.conditioning import ClassEmbedding, drop_labels, timestep_embedding
+from ddpm_core.conditioning import ClassEmbedding, Condition, drop_labels, timestep_embedding
 from ddpm_core.ema import EMA
 from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
@@ -42,6 +42,7 @@ __all__ = [
     "BitsPerDim",
     "ClassEmbedding",
     "ClassifierFreeGuidance",
+    "Condition",
     "Denoiser",
     "DiffusionLoss",
     "LossAwareTimesteps",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+Condition = Tensor | Mapping[str, Tensor] | None
+"""What a denoiser is told: (b,) labels or another (b, ...) query, several of them by name, or nothing."""
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from ddpm_core.conditioning import Condition
+
+Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x_t (b, ...), t (b,) int64, condition or None) -> the network's output, of the shape of x_t."""
 
 
@@ -30,16 +32,22 @@ class ClassifierFreeGuidance:
         self.scale = scale
         self.null_label = null_label
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The guided output; with `labels` None it is the unconditional one.
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The guided output; with `condition` None it is the unconditional one.
 
         Args:
             x_t: (b, ...).
             t: (b,) int64.
-            labels: (b,) int64 or None.
+            condition: (b,) int64 labels or None.
+
+        Raises:
+            TypeError: several conditions by name.
         """
-        if labels is None or self.scale == 1:
-            return self.denoiser(x_t, t, labels)
+        if condition is None or self.scale == 1:
+            return self.denoiser(x_t, t, condition)
+        if not isinstance(condition, Tensor):
+            raise TypeError("guidance knows a null for labels alone, not for several conditions")
+        labels = condition
         null = torch.full_like(labels, self.null_label)
         if self.scale == 0:
             return self.denoiser(x_t, t, null)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_core.conditioning import Condition
 from ddpm_core.guidance import Denoiser
 from ddpm_core.noising import learned_log_variance, q_sample
 from ddpm_core.schedules import NoiseSchedule, at
@@ -110,7 +111,7 @@ def bits_per_dim(
     schedule: NoiseSchedule,
     x0: Tensor,
     noise: Callable[[int], Tensor],
-    condition: Tensor | None = None,
+    condition: Condition = None,
     *,
     parameterization: str = "eps",
     learned_variance: bool = False,

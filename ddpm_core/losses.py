@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from ddpm_core.conditioning import Condition
 from ddpm_core.guidance import Denoiser
 from ddpm_core.likelihood import model_log_variance, vlb_term
 from ddpm_core.noising import q_sample
@@ -130,7 +131,7 @@ def p_losses(
     x0: Tensor,
     t: Tensor,
     noise: Tensor,
-    condition: Tensor | None = None,
+    condition: Condition = None,
     *,
     parameterization: str = "eps",
     loss_type: str = "l2",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddpm_core.conditioning import ClassEmbedding, timestep_embedding
+from ddpm_core.conditioning import ClassEmbedding, Condition, timestep_embedding
 from ddpm_core.nn.attention import SelfAttention
 from ddpm_core.nn.blocks import Downsample, ResidualBlock, Upsample, make_norm, zero_init
 
@@ -41,9 +41,13 @@ class UNet(nn.Module):
         num_blocks: residual blocks at each resolution on the way down (one more on the way up).
         attention_resolutions: heights in pixels at which blocks are followed by self-attention.
         dropout: in the residual blocks.
+        context_channels: clean channels that the caller puts after those of x_t; never predicted.
+        learned_variance: predict also the interpolation between the bounds of the variance: twice the output channels.
+        embedder: instead of `num_classes`, what else makes an embedding of a condition: `embedder(condition,
+            batch_size)` -> (b, 4 * base_channels).
 
     Raises:
-        ValueError: the image size can't be halved that often.
+        ValueError: the image size can't be halved that often, or both `num_classes` and `embedder` are given.
 
     Example:
         >>> network = UNet(image_size=8, channels=1, num_classes=10, base_channels=16)
@@ -62,8 +66,13 @@ class UNet(nn.Module):
         num_blocks: int = 2,
         attention_resolutions: Sequence[int] = (4, 8, 16),
         dropout: float = 0.0,
+        context_channels: int = 0,
+        learned_variance: bool = False,
+        embedder: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if num_classes and embedder is not None:
+            raise ValueError("num_classes and embedder are both given: the embedder alone knows the condition")
         levels = len(channel_multipliers)
         if image_size % 2 ** (levels - 1):
             raise ValueError(f"image_size {image_size} can't be halved {levels - 1} times, once for each multiplier")
@@ -72,8 +81,8 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(
             nn.Linear(base_channels, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
         )
-        self.class_embedding = ClassEmbedding(num_classes, embedding_dim) if num_classes else None
-        self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
+        self.class_embedding = ClassEmbedding(num_classes, embedding_dim) if num_classes else embedder
+        self.conv_in = nn.Conv2d(channels + context_channels, base_channels, 3, padding=1)
 
         def stage(inside: int, outside: int, size: int) -> Stage:
             return Stage(inside, outside, embedding_dim, dropout, size in attention_resolutions)
@@ -100,27 +109,28 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
                 size *= 2
         self.norm_out = make_norm(width)
-        self.conv_out = zero_init(nn.Conv2d(width, channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(width, channels * (1 + learned_variance), 3, padding=1))
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
         """The network's output.
 
         Args:
-            x_t: (b, channels, image_size, image_size).
+            x_t: (b, channels + context_channels, image_size, image_size).
             t: (b,) diffusion steps.
-            labels: (b,) int64 in [0, num_classes], num_classes being "no class"; None is "no class" for all.
+            condition: (b,) int64 labels in [0, num_classes], num_classes being "no class"; None is "no class" for all.
+                With an embedder: what that takes.
 
         Returns:
-            (b, channels, image_size, image_size).
+            (b, channels, image_size, image_size); twice the channels with a learned variance.
 
         Raises:
-            ValueError: labels are given to a network without classes.
+            ValueError: a condition is given to a network that takes none.
         """
         embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype))
         if self.class_embedding is not None:
-            embedding = embedding + self.class_embedding(labels, len(x_t))
-        elif labels is not None:
-            raise ValueError("labels are given, but the network was built with num_classes=0")
+            embedding = embedding + self.class_embedding(condition, len(x_t))
+        elif condition is not None:
+            raise ValueError("a condition is given, but the network was built with num_classes=0 and no embedder")
         embedding = functional.silu(embedding)
         h = self.conv_in(x_t)
         skips = [h]

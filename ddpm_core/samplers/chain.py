@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_core.conditioning import Condition
 from ddpm_core.guidance import Denoiser
 from ddpm_core.samplers.grid import Step, make_grid
 from ddpm_core.schedules import NoiseSchedule
@@ -32,7 +33,7 @@ class Chain:
         schedule: NoiseSchedule,
         x_noisy: Tensor,
         *,
-        condition: Tensor | None = None,
+        condition: Condition = None,
         parameterization: str = "eps",
         num_steps: int | None = None,
         spacing: str = "trailing",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ddpm_core.conditioning import Condition
 from ddpm_core.guidance import Denoiser
 from ddpm_core.samplers.chain import Chain, move
 from ddpm_core.schedules import NoiseSchedule
@@ -20,7 +21,7 @@ def sample_ddim(
     x_noisy: Tensor,
     noise: Callable[[int], Tensor] | None = None,
     *,
-    condition: Tensor | None = None,
+    condition: Condition = None,
     parameterization: str = "eps",
     num_steps: int | None = 50,
     spacing: str = "trailing",
@@ -71,7 +72,7 @@ def invert_ddim(
     schedule: NoiseSchedule,
     x0: Tensor,
     *,
-    condition: Tensor | None = None,
+    condition: Condition = None,
     parameterization: str = "eps",
     num_steps: int | None = 50,
     spacing: str = "trailing",

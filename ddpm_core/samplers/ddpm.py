@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ddpm_core.conditioning import Condition
 from ddpm_core.guidance import Denoiser
 from ddpm_core.samplers.chain import Chain
 from ddpm_core.samplers.grid import Step
@@ -21,7 +22,7 @@ def sample_ddpm(
     x_noisy: Tensor,
     noise: Callable[[int], Tensor],
     *,
-    condition: Tensor | None = None,
+    condition: Condition = None,
     parameterization: str = "eps",
     num_steps: int | None = None,
     spacing: str = "trailing",

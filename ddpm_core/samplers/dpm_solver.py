@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ddpm_core.conditioning import Condition
 from ddpm_core.guidance import Denoiser
 from ddpm_core.samplers.chain import Chain, move
 from ddpm_core.schedules import NoiseSchedule
@@ -19,7 +20,7 @@ def sample_dpm_solver(
     x_noisy: Tensor,
     noise: Callable[[int], Tensor] | None = None,
     *,
-    condition: Tensor | None = None,
+    condition: Condition = None,
     parameterization: str = "eps",
     num_steps: int | None = 25,
     spacing: str = "trailing",
