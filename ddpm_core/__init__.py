@@ -6,9 +6,20 @@ variable or a rank.
 
 from ddpm_core.conditioning import ClassEmbedding, Condition, drop_labels, timestep_embedding
 from ddpm_core.ema import EMA
+from ddpm_core.first_stage import (
+    FirstStageLoss,
+    LatentScale,
+    adaptive_weight,
+    first_stage_loss,
+    hinge_loss,
+    kl_to_standard_normal,
+    perceptual_distance,
+    reparameterize,
+)
 from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
 from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
+from ddpm_core.nn.autoencoder import KLAutoencoder, PatchDiscriminator
 from ddpm_core.nn.unet import UNet
 from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
 from ddpm_core.samplers.ddim import invert_ddim, sample_ddim, slerp
@@ -45,24 +56,34 @@ __all__ = [
     "Condition",
     "Denoiser",
     "DiffusionLoss",
+    "FirstStageLoss",
+    "KLAutoencoder",
+    "LatentScale",
     "LossAwareTimesteps",
     "NoiseSchedule",
+    "PatchDiscriminator",
     "UNet",
+    "adaptive_weight",
     "bits_per_dim",
     "discretised_gaussian_log_likelihood",
     "drop_labels",
+    "first_stage_loss",
     "get_loss",
+    "hinge_loss",
     "invert_ddim",
+    "kl_to_standard_normal",
     "learned_log_variance",
     "make_betas",
     "make_timesteps",
     "min_snr_weights",
     "p_losses",
+    "perceptual_distance",
     "predict_noise_from_start",
     "predict_start_from_noise",
     "q_posterior",
     "q_sample",
     "register_schedule",
+    "reparameterize",
     "rescale_zero_terminal_snr",
     "sample_ddim",
     "sample_ddpm",
