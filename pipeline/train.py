@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import getpass
-import io
 import logging
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -33,13 +29,14 @@ from pipeline.data.loader import iterate_batches
 from pipeline.data.order import Order
 from pipeline.data.pixels import make_grid
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
-from pipeline.engine.loop import LoopPlan, Observers, train
-from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
+from pipeline.engine.loop import LoopPlan, Observers, save_curve, train
+from pipeline.engine.runs import describe_run
+from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
-from pipeline.lineage import provenance, source_sha256, stage_key
+from pipeline.lineage import source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
-from pipeline.runtime.files import locked_folder, save_json, save_text
+from pipeline.runtime.files import locked_folder, save_json
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
@@ -67,7 +64,7 @@ def main() -> None:
             open_run(params, machine, topology, index, lineage) as tracker,
         ):
             step = make_step(params, machine, topology, spec, dtype)
-            resume(step.state, checkpoints, topology)
+            checkpoints.resume(step.state, topology, step.plan.section)
             run_loop(step, params, machine, topology, index, spec, checkpoints, tracker, stop)
             if topology.is_main:
                 publish(step.state, spec, lineage, tracker)
@@ -94,13 +91,8 @@ def open_run(
     name = f"{index.num_classes or 'no'}-class-{index.image_size}px-{lineage['train_key'][:6]}"
     tags = {
         "shard_index_sha256": index.sha256,
-        "world_size": str(topology.world_size),
-        "device": torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
         "precision": lineage["precision"],
-        "mlflow.user": user_name(),
-        "mlflow.source.name": "pipeline.train",
-        **provenance(),
+        **describe_run(topology, "pipeline.train"),
     }
     tracker = open_tracker(
         machine.state, lineage["train_key"], run_name=name, tags=tags, enabled=topology.is_main and machine.tracking
@@ -111,14 +103,6 @@ def open_run(
     tracker.log_params({f"data.{key}": value for key, value in {"raw": params.data.raw, **data}.items()})
     tracker.set_dataset(Path(params.data.raw).name, index.sha256[:16], source=params.data.raw, profile=data)
     return tracker
-
-
-def user_name() -> str:
-    """Who runs this; a number where the system has no name for it, as in many containers."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 def make_step(
@@ -157,17 +141,6 @@ def make_step(
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
-
-
-def resume(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) -> None:
-    """Load the newest whole checkpoint, the same on every rank."""
-    newest = topology.from_main((checkpoints.newest() or 0) if topology.is_main else 0)
-    if newest:
-        checkpoints.load(state, newest, topology.device)
-        if topology.is_main:
-            log.info("train: going on at %s images, from %s", f"{newest:,}", checkpoints.root)
-        else:
-            state.sums.zero_()  # the main rank carries the sums of all
 
 
 def run_loop(
@@ -211,11 +184,7 @@ def run_loop(
 def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:
     """Write the stage's outputs: equal training gives equal bytes."""
     save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen})
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(state.history)
-    save_text(paths.LOSS_CURVE, table.getvalue())
+    save_curve(paths.LOSS_CURVE, state)
     parameters = sum(p.numel() for p in state.network.parameters())
     save_json(paths.TRAIN_METRICS, {**state.history[-1], "parameters": parameters})
     memory = peak_memory_gib()

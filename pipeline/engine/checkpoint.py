@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.engine.state import TrainState
 from pipeline.errors import UserError
 from pipeline.runtime.files import load_json, save_json, sha256_file, whole_folder
+from pipeline.runtime.topology import Topology
 
 log = logging.getLogger(__name__)
 MODEL_FORMAT = 2
@@ -84,6 +85,16 @@ class CheckpointFolder:
         content = load_json(path / "state.json")
         tensors = torch.load(path / "resume.pt", map_location=device, weights_only=True)
         state.load(tensors, load_file(path / "average.safetensors"), content["images_seen"], content["history"])
+
+    def resume(self, state: TrainState, topology: Topology, section: str) -> None:
+        """Load the newest whole checkpoint, the same on every rank; `section` names the training in the log."""
+        newest = topology.from_main((self.newest() or 0) if topology.is_main else 0)
+        if newest:
+            self.load(state, newest, topology.device)
+            if topology.is_main:
+                log.info("%s: going on at %s images, from %s", section, f"{newest:,}", self.root)
+            else:
+                state.sums.zero_()  # the main rank carries the sums of all
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.root.glob("images-*") if path.is_dir())
