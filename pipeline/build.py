@@ -13,24 +13,35 @@ from torch import Tensor, nn
 
 import ddpm_core
 from ddpm_core import ClassifierFreeGuidance, NoiseSchedule, UNet
-from pipeline.config import ModelParams, Params, SampleParams, ScheduleParams, TrainParams
+from pipeline.config import ModelParams, OptimizerParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
 from pipeline.engine.generate import ImageSampler
+from pipeline.engine.latents import FirstStage
 from pipeline.errors import UserError
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
 _MULTIPLIERS = {8: [1, 2], 16: [1, 2, 2], 32: [1, 2, 2, 2], 64: [1, 2, 3, 4]}
 
 
-def make_model_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
-    """What model.json says of a model: enough to build it again, `auto` values resolved."""
-    return {
+def make_model_spec(params: Params, index: ShardIndex, first_stage: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What model.json says of a model: enough to build it again, `auto` values resolved.
+
+    Args:
+        params: all of params.yaml.
+        index: what the model is trained on.
+        first_stage: what the latents say of where they come from; None for a model of pixels.
+    """
+    spec: dict[str, Any] = {
         "network": {"name": "unet", **_network_arguments(params.model, index)},
         "schedule": params.schedule.model_dump(),
         "parameterization": params.model.parameterization,
         "classes": list(index.classes),
         "labels": [int(label) for label in np.unique(index.samples["label"]) if label >= 0],  # of classes with images
     }
+    if first_stage is None:
+        return spec
+    network = {**spec["network"], "channels": first_stage["network"]["latent_channels"]}  # half of the moments
+    return {**spec, "network": network, "first_stage": first_stage}
 
 
 def _network_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
@@ -85,14 +96,14 @@ def build_schedule(spec: dict[str, Any]) -> NoiseSchedule:
         raise UserError(f"params.yaml: schedule: {error}") from None
 
 
-def build_optimizer(params: TrainParams, network: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(params: OptimizerParams, network: nn.Module) -> torch.optim.Optimizer:
     """AdamW in its fused form."""
     return torch.optim.AdamW(
         network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
     )
 
 
-def build_learning_rate(params: TrainParams) -> Callable[[int], float]:
+def build_learning_rate(params: OptimizerParams) -> Callable[[int], float]:
     """Images seen -> learning rate: linear warm-up times the schedule."""
 
     def rate(images_seen: int) -> float:
@@ -119,7 +130,7 @@ def build_timestep_sampling(params: TrainParams) -> Callable[[Tensor, Tensor, in
             )
 
 
-def build_precision(precision: str, device: torch.device) -> torch.dtype:
+def build_precision(precision: str, device: torch.device, *, section: str = "train") -> torch.dtype:
     """The dtype of matrix work. `auto` is bfloat16 on CUDA devices that have it in hardware, else float32.
 
     Raises:
@@ -131,19 +142,32 @@ def build_precision(precision: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if has_bfloat16 else torch.float32
         case "bfloat16":
             if device.type == "cuda" and not has_bfloat16:
-                raise UserError("params.yaml: train.precision is bfloat16, which this GPU lacks: use auto or float32")
+                raise UserError(
+                    f"params.yaml: {section}.precision is bfloat16, which this GPU lacks: use auto or float32"
+                )
             return torch.bfloat16
     return torch.float32
 
 
 def build_sampler(
-    params: SampleParams, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule
+    params: SampleParams,
+    spec: dict[str, Any],
+    network: nn.Module,
+    schedule: NoiseSchedule,
+    first_stage: FirstStage | None = None,
 ) -> ImageSampler:
     """Seeds -> images, with the sampler, steps and guidance that params ask for.
 
+    Latents are nowhere clipped; the first stage decodes them at the end.
+
     Raises:
-        UserError: guidance is asked for a model without classes.
+        UserError: guidance is asked for a model without classes, or dynamic thresholding for one of latents.
+        ValueError: the model is one of latents and the first stage is missing, or the other way round.
     """
+    if ("first_stage" in spec) != (first_stage is not None):
+        raise ValueError("a model of latents needs its first stage, and one of pixels takes none")
+    if first_stage is not None and params.dynamic_threshold is not None:
+        raise UserError("params.yaml: sample.dynamic_threshold is for pixels, and this is a model of latents: set null")
     num_classes = len(spec["classes"])
     denoiser: ddpm_core.Denoiser = network
     if params.guidance != 1:
@@ -154,6 +178,7 @@ def build_sampler(
         "parameterization": spec["parameterization"],
         "num_steps": params.steps,
         "spacing": params.spacing,
+        "clip_denoised": first_stage is None,
         "dynamic_threshold": params.dynamic_threshold,
     }
     method: Callable[..., Tensor]
@@ -167,4 +192,5 @@ def build_sampler(
         case "heun":
             method = partial(ddpm_core.sample_heun, denoiser, schedule, **common)
     shape = (spec["network"]["channels"], *2 * [spec["network"]["image_size"]])
-    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape)
+    decode = None if first_stage is None else first_stage.decode
+    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape, decode=decode)

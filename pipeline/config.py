@@ -6,7 +6,7 @@ Read with ruamel in its safe YAML 1.2 mode, as DVC does: PyYAML takes `1e-4` for
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -87,7 +87,9 @@ class ModelParams(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class TrainParams(Section):
+class OptimizerParams(Section):
+    """What every training needs."""
+
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     total_images: Positive
     batch_size: Positive
@@ -97,6 +99,9 @@ class TrainParams(Section):
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Annotated[float, Field(gt=0.0)]
     ema_half_life_images: Positive
+
+
+class TrainParams(OptimizerParams):
     label_dropout: Share
     horizontal_flip: bool
     loss_type: Literal["l1", "l2", "huber"]
@@ -131,8 +136,41 @@ class EvaluateParams(Section):
     real_images: Annotated[int, Field(ge=10)]
 
 
+class AutoencoderParams(OptimizerParams):
+    """The first stage of latent diffusion; None in params.yaml of a pipeline on pixels."""
+
+    factor: Literal[2, 4, 8]
+    latent_channels: Positive
+    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channel_multipliers: Annotated[list[Positive], Field(min_length=2)] | Literal["auto"]
+    num_blocks: Positive
+    horizontal_flip: bool
+    loss_type: Literal["l1", "l2", "huber"]
+    kl_weight: Annotated[float, Field(ge=0.0)]
+    perceptual_weight: Annotated[float, Field(ge=0.0)]
+    adversarial_weight: Annotated[float, Field(ge=0.0)]
+    adversarial_start_images: Annotated[int, Field(ge=0)]
+    discriminator_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    discriminator_layers: Positive
+    precision: Literal["float32", "bfloat16", "auto"]
+    log_every_images: Positive
+    checkpoint_every_images: Positive
+    preview_every_images: Positive
+
+    @model_validator(mode="after")
+    def _a_multiplier_a_resolution(self) -> AutoencoderParams:
+        levels = self.factor.bit_length()
+        if self.channel_multipliers != "auto" and len(self.channel_multipliers) != levels:
+            raise ValueError(f"channel_multipliers has not the {levels} entries that factor {self.factor} needs")
+        return self
+
+
+class EncodeParams(Section):
+    shard_images: Positive
+
+
 class Params(Section):
-    """The whole of params.yaml."""
+    """The whole of params.yaml. With `autoencoder` and `encode` the diffusion model works on latents."""
 
     data: DataParams
     fetch: FetchParams
@@ -143,6 +181,19 @@ class Params(Section):
     train: TrainParams
     sample: SampleParams
     evaluate: EvaluateParams
+    autoencoder: AutoencoderParams | None = None
+    encode: EncodeParams | None = None
+
+    @model_validator(mode="after")
+    def _latents_fit_the_rest(self) -> Params:
+        if (self.autoencoder is None) != (self.encode is None):
+            raise ValueError("autoencoder and encode belong together: give both sections for latents, none for pixels")
+        if self.encode is not None and self.train.horizontal_flip:
+            raise ValueError("train.horizontal_flip is true, but a mirrored latent is no latent of the mirrored image: "
+                             "use autoencoder.horizontal_flip")  # fmt: skip
+        if self.encode is not None and self.sample.dynamic_threshold is not None:
+            raise ValueError("sample.dynamic_threshold is for pixels: latents have no [-1, 1] to return to; set null")
+        return self
 
     @model_validator(mode="after")
     def _eps_needs_signal(self) -> Params:
@@ -215,6 +266,6 @@ def _plain(item: Any) -> str:
 
 def _known_keys(section: str) -> str:
     annotation = Params.model_fields[section].annotation
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, Section)
-    return ", ".join(annotation.model_fields)
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]  # or one that may be None
+    (section_type,) = [kind for kind in kinds if issubclass(kind, Section)]
+    return ", ".join(section_type.model_fields)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +14,7 @@ from pipeline.engine.features import load_extractor
 from pipeline.engine.score import (
     class_accuracy,
     halves,
-    load_moments,
+    load_reference,
     mean_distance,
     memorised_share,
     read_vectors,
@@ -76,22 +74,6 @@ def main() -> None:
         tracker.log_artifact(paths.EVALUATE_METRICS, "metrics")
     shown = ", ".join(f"{k} {_short(v)}" for k, v in scores.items() if not isinstance(v, str))
     log.info("evaluate: %s; peak memory %.2f GiB a process", shown, peak_memory_gib())
-
-
-def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict[str, Moments]]:
-    """The reference's description and moments.
-
-    Raises:
-        UserError: it is missing or was made from other images.
-    """
-    try:
-        reference: dict[str, Any] = load_json(folder / "reference.json")
-        moments = {name: load_moments(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no readable reference ({error}); run `dvc repro reference`") from None
-    if reference["shard_index_sha256"] != real.sha256:
-        raise UserError(f"{folder} belongs to other shards than {real.folder}: run `dvc repro reference`")
-    return reference, moments
 
 
 def distances(

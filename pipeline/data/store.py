@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.index import ShardIndex
+from pipeline.data.index import DTYPES, ShardIndex
 from pipeline.data.writer import encode_npy
 from pipeline.errors import UserError
 
@@ -45,7 +45,9 @@ class ShardStore:
         self.index = index
         self._folder = index.folder.absolute()
         self._shape = (index.image_size, index.image_size, index.channels)
-        self._head = encode_npy(np.zeros(self._shape, np.uint8))[: -int(np.prod(self._shape))]
+        self._dtype = DTYPES[index.encoding]
+        empty = np.zeros(self._shape, self._dtype)
+        self._head = encode_npy(empty)[: -empty.nbytes]
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,14 +62,15 @@ class ShardStore:
         while files:
             os.close(files.popitem()[1])
 
-    def read(self, ids: NDArray[np.integer[Any]]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def read(self, ids: NDArray[np.integer[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The images and labels of some samples, in the order asked for.
 
         Args:
             ids: sample numbers `(b,)` in `[0, num_images)`; may repeat.
 
         Returns:
-            Images uint8 `(b, channels, image_size, image_size)`, contiguous, and labels int64 `(b,)`, -1 for none.
+            Images uint8 (float32 for moments) `(b, channels, image_size, image_size)`, contiguous, and labels int64
+            `(b,)`, -1 for none.
 
         Raises:
             UserError: a record is not what its crc32 in the index says, or a tar cannot be read.
@@ -78,20 +81,20 @@ class ShardStore:
             raise IndexError(f"ids in [{ids.min()}, {ids.max()}], but the set has {self.index.num_images} images")
         rows = self.index.samples[ids]
         labels = rows["label"].astype(np.int64)
-        read = self._read_raw if self.index.encoding == "raw" else self._read_png
+        read = self._read_png if self.index.encoding == "png" else self._read_raw
         pixels = read(ids, rows)
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), labels
 
-    def _read_raw(self, ids: NDArray[np.integer[Any]], rows: NDArray[np.void]) -> NDArray[np.uint8]:
+    def _read_raw(self, ids: NDArray[np.integer[Any]], rows: NDArray[np.void]) -> NDArray[Any]:
         head = len(self._head)
-        size = head + int(np.prod(self._shape))
+        size = head + int(np.prod(self._shape)) * self._dtype.itemsize
         buffer = np.empty((len(ids), size), np.uint8)
         for place, number, (offset, row_size, shard, _, crc32) in _by_shard(ids, rows):
             payload = buffer[place]
             good = row_size == size and self._fill(shard, payload.data, offset) == size
             if not good or zlib.crc32(payload.data) != crc32:
                 raise self._damaged(number, shard)
-        return buffer[:, head:].reshape(len(ids), *self._shape)
+        return buffer[:, head:].view(self._dtype).reshape(len(ids), *self._shape)
 
     def _read_png(self, ids: NDArray[np.integer[Any]], rows: NDArray[np.void]) -> NDArray[np.uint8]:
         images = np.empty((len(ids), *self._shape), np.uint8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,31 @@ def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
-def save_model(folder: Path, network: nn.Module, spec: dict[str, Any], lineage: dict[str, Any]) -> None:
-    """The finished model: `weights.safetensors` and `model.json`, byte-equal for equal training."""
+def save_model(
+    folder: Path,
+    network: nn.Module,
+    spec: dict[str, Any],
+    lineage: dict[str, Any],
+    *,
+    files: Mapping[str, Path] | None = None,
+) -> None:
+    """The finished model: `weights.safetensors` and `model.json`, byte-equal for equal training.
+
+    Args:
+        folder: replaced if it exists.
+        network: whose weights.
+        spec, lineage: what model.json says.
+        files: name -> what else to copy, so that the folder needs no other.
+    """
     with whole_folder(folder) as aside:
+        for name, path in (files or {}).items():
+            shutil.copyfile(path, aside / name)
         save_file(_contiguous(network.state_dict()), aside / "weights.safetensors")
         save_json(aside / "model.json", {"format": MODEL_FORMAT, **spec, "lineage": lineage})
 
 
-def load_model_spec(folder: Path) -> dict[str, Any]:
-    """Read model.json.
+def load_model_spec(folder: Path, *, stage: str = "train") -> dict[str, Any]:
+    """Read model.json; `stage` is the one that writes it.
 
     Raises:
         UserError: there is none, or it is of another format.
@@ -121,12 +138,12 @@ def load_model_spec(folder: Path) -> dict[str, Any]:
     try:
         spec: dict[str, Any] = load_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable model ({error}); train one with `dvc repro train`") from None
+        raise UserError(f"{path}: no readable model ({error}); train one with `dvc repro {stage}`") from None
     if spec.get("format") != MODEL_FORMAT:
         raise UserError(f"{path}: format {spec.get('format')}, this version reads {MODEL_FORMAT}: train it again")
     return spec
 
 
-def load_weights(folder: Path, network: nn.Module) -> None:
-    """Put `weights.safetensors` of a model folder into a network of the same shape."""
-    network.load_state_dict(load_file(folder / "weights.safetensors"))
+def load_weights(folder: Path, network: nn.Module, name: str = "weights.safetensors") -> None:
+    """Put the weights of a model folder into a network of the same shape."""
+    network.load_state_dict(load_file(folder / name))

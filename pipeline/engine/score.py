@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from ddpm_core.frechet import Moments, frechet_distance
 from pipeline.data.index import ShardIndex
 from pipeline.data.store import ShardStore
 from pipeline.engine.features import Extractor
+from pipeline.errors import UserError
+from pipeline.runtime.files import load_json
 from pipeline.runtime.rng import Stream, draw_permutation
 from pipeline.runtime.topology import Topology
 
@@ -65,10 +68,11 @@ def stream_moments(
             for name, member in members.items():
                 moments[name].add(features[torch.from_numpy(member[chosen])])
             bar.update(len(chosen))
-    return {name: _over_ranks(m, topology) for name, m in moments.items()}
+    return {name: over_ranks(m, topology) for name, m in moments.items()}
 
 
-def _over_ranks(moments: Moments, topology: Topology) -> Moments:
+def over_ranks(moments: Moments, topology: Topology) -> Moments:
+    """The moments of all ranks together."""
     return Moments.from_tensors(*(topology.sum_(tensor) for tensor in moments.to_tensors()))
 
 
@@ -82,6 +86,22 @@ def load_moments(path: Path) -> Moments:
     """Read what :func:`save_moments` wrote."""
     tensors = load_file(path)
     return Moments.from_tensors(tensors["n"], tensors["total"], tensors["outer"])
+
+
+def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """The reference's description and moments.
+
+    Raises:
+        UserError: it is missing or was made from other images.
+    """
+    try:
+        reference: dict[str, Any] = load_json(folder / "reference.json")
+        moments = {name: load_moments(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no readable reference ({error}); run `dvc repro reference`") from None
+    if reference["shard_index_sha256"] != real.sha256:
+        raise UserError(f"{folder} belongs to other shards than {real.folder}: run `dvc repro reference`")
+    return reference, moments
 
 
 def mean_distance(first: list[Moments], second: list[Moments]) -> float:
