@@ -36,13 +36,14 @@ class DataParams(Section):
 
 
 class FetchParams(Section):
-    source: Literal["digits", "idx"]
+    source: Literal["digits", "idx", "auto"]
     idx_dir: str | None
+    max_images: Positive | None = None
 
     @model_validator(mode="after")
     def _idx_needs_a_folder(self) -> FetchParams:
-        if self.source == "idx" and self.idx_dir is None:
-            raise ValueError("source is idx, so idx_dir must name the folder with the *-ubyte files")
+        if self.source != "digits" and self.idx_dir is None:
+            raise ValueError(f"source is {self.source}, so idx_dir must name the folder with the *-ubyte files")
         return self
 
 

@@ -14,6 +14,7 @@ from pipeline.engine.features import load_extractor
 from pipeline.engine.score import (
     class_accuracy,
     halves,
+    load_reconstruction_scores,
     load_reference,
     mean_distance,
     memorised_share,
@@ -61,7 +62,10 @@ def main() -> None:
     }
     with whole_folder(paths.EVALUATION) as aside:
         save_moments(aside / "all.safetensors", generated["all"])
-    model = load_json(paths.MODEL / "model.json")["lineage"]
+    spec = load_json(paths.MODEL / "model.json")
+    model = spec["lineage"]
+    if "first_stage" in spec:
+        scores |= load_reconstruction_scores(paths.ENCODE_METRICS, extractor.protocol)
     save_json(paths.EVALUATE_METRICS, {**scores, "train_key": model["train_key"]})
     # Under names of their own: the run's git_commit is that of the training, and this may be a later one.
     tags = {f"eval.{name}": value for name, value in provenance().items()}

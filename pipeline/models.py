@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ddpm_core import NoiseSchedule
 from pipeline.build import build_network, build_sampler, build_schedule
 from pipeline.config import SampleParams
-from pipeline.data.pixels import to_uint8
 from pipeline.engine.checkpoint import load_model_spec, load_weights
+from pipeline.engine.latents import FirstStage
 from pipeline.errors import UserError
+from pipeline.first_stage import WEIGHTS_IN_MODEL, load_first_stage
 from pipeline.runtime.rng import Stream, draw_normal
 
 
@@ -25,10 +26,13 @@ class TrainedModel:
         spec: what model.json says.
         network: with its weights, on the device where samples are drawn.
         schedule: on that device.
+        first_stage: of a model of latents, on that device too.
     """
 
-    def __init__(self, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule) -> None:
-        self.spec, self.network, self.schedule = spec, network, schedule
+    def __init__(
+        self, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule, first_stage: FirstStage | None = None
+    ) -> None:
+        self.spec, self.network, self.schedule, self.first_stage = spec, network, schedule, first_stage
         self.classes: tuple[str, ...] = tuple(spec["classes"])
 
     def sample(
@@ -60,7 +64,7 @@ class TrainedModel:
             seed=seed, num_samples=2, sampler=sampler, steps=steps, spacing="trailing", eta=0.0, guidance=guidance,
             dynamic_threshold=None,
         )  # fmt: skip
-        draw = build_sampler(params, self.spec, self.network, self.schedule)
+        draw = build_sampler(params, self.spec, self.network, self.schedule, self.first_stage)
         device = self.schedule.betas.device
         condition = None if labels is None else torch.tensor([self._number(label) for label in labels], device=device)
         places = torch.arange(num_images if condition is None else len(condition), device=device)
@@ -68,7 +72,7 @@ class TrainedModel:
         def noise(k: int) -> Tensor:
             return draw_normal(seed, Stream.SAMPLE, places, draw.shape, draw=k)
 
-        return to_uint8(draw.method(noise(0), noise, condition=condition))
+        return draw.to_pixels(draw.method(noise(0), noise, condition=condition))
 
     def _number(self, label: int | str) -> int:
         number = label if isinstance(label, int) else self.classes.index(label) if label in self.classes else -1
@@ -82,14 +86,17 @@ def load_model(folder: str | Path = "model", device: torch.device | str = "cpu")
     """The model in a folder, ready to sample.
 
     Args:
-        folder: the train stage's output: `model.json` and `weights.safetensors`, both data, never code.
+        folder: the train stage's output: `model.json` and `weights.safetensors`, both data, never code; of a model of
+            latents also `first_stage.safetensors`.
         device: where to draw samples.
 
     Raises:
-        UserError: the folder holds no model, or one of another format.
+        UserError: the folder holds no model, or one of another format, or other first-stage weights than its own.
     """
     folder = Path(folder)
     spec = load_model_spec(folder)
     network = build_network(spec)
     load_weights(folder, network)
-    return TrainedModel(spec, network.to(device).eval().requires_grad_(False), build_schedule(spec).to(device))
+    network.to(device).eval().requires_grad_(False)
+    first_stage = load_first_stage(spec, folder / WEIGHTS_IN_MODEL, device)
+    return TrainedModel(spec, network, build_schedule(spec).to(device), first_stage)

@@ -21,6 +21,7 @@ from pipeline.data.pixels import make_grid
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.checkpoint import load_model_spec, load_weights
 from pipeline.engine.generate import ImageSampler, generate_blocks, read_blocks
+from pipeline.first_stage import WEIGHTS_IN_MODEL, image_form, load_first_stage
 from pipeline.lineage import stage_key
 from pipeline.machine import load_machine
 from pipeline.runtime.files import locked_folder, sha256_file, whole_file
@@ -64,7 +65,8 @@ def load_sampler(params: SampleParams, spec: dict[str, Any], topology: Topology)
     network = build_network(spec)
     load_weights(paths.MODEL, network)
     network.to(topology.device).eval().requires_grad_(False)
-    return build_sampler(params, spec, network, build_schedule(spec).to(topology.device))
+    first_stage = load_first_stage(spec, paths.MODEL / WEIGHTS_IN_MODEL, topology.device)
+    return build_sampler(params, spec, network, build_schedule(spec).to(topology.device), first_stage)
 
 
 def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, blocks: list[Path]) -> None:
@@ -76,9 +78,9 @@ def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, b
             label = None if labels is None else int(labels[seed])
             yield Sample(image.transpose(1, 2, 0), label, {"seed": seed, "sample_seed": params.seed})
 
-    network = spec["network"]
+    channels, image_size = image_form(spec)
     write_shards(
-        paths.SAMPLES, samples(), image_size=network["image_size"], channels=network["channels"], encoding="raw",
+        paths.SAMPLES, samples(), image_size=image_size, channels=channels, encoding="raw",
         classes=tuple(spec["classes"]), shard_images=SHARD_IMAGES,
     )  # fmt: skip
     columns = min(10, len(spec["labels"]) or 10)

@@ -21,6 +21,7 @@ from pipeline.build import (
     build_sampler,
     build_schedule,
     build_timestep_sampling,
+    build_x0,
     make_model_spec,
 )
 from pipeline.config import Params, SampleParams, load_params
@@ -34,6 +35,7 @@ from pipeline.engine.runs import describe_run
 from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
+from pipeline.first_stage import WEIGHTS, WEIGHTS_IN_MODEL, LatentSet, load_first_stage, load_latents
 from pipeline.lineage import source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
 from pipeline.runtime.files import locked_folder, save_json
@@ -53,11 +55,12 @@ def main() -> None:
     params, machine = load_params(), load_machine()
     restart_under_torchrun("pipeline.train", machine)
     stop = StopRequest()
-    index = load_index(paths.SHARDS)
-    spec = make_model_spec(params, index)
+    latents = load_latents() if params.encode else None
+    index = latents.index if latents else load_index(paths.SHARDS)
+    spec = make_model_spec(params, index, latents.spec if latents else None)
     with start_topology(machine) as topology:
         dtype = build_precision(params.train.precision, topology.device)
-        lineage = make_lineage(params, index, dtype)
+        lineage = make_lineage(params, index, dtype, latents)
         checkpoints = CheckpointFolder(machine.state / "train" / lineage["train_key"])
         with (
             locked_folder(checkpoints.root) if topology.is_main else nullcontext(),
@@ -71,12 +74,15 @@ def main() -> None:
             topology.barrier()
 
 
-def make_lineage(params: Params, index: ShardIndex, dtype: torch.dtype) -> dict[str, Any]:
+def make_lineage(
+    params: Params, index: ShardIndex, dtype: torch.dtype, latents: LatentSet | None = None
+) -> dict[str, Any]:
     """Where the model comes from; its `train_key` names the resume state and the MLflow run."""
     sections = (params.schedule, params.model, params.train)
     precision = str(dtype).removeprefix("torch.")
+    inputs = {"shards": index.sha256, "precision": precision} | ({"latents": latents.sha256} if latents else {})
     return {
-        "train_key": stage_key("pipeline.train", sections, {"shards": index.sha256, "precision": precision}),
+        "train_key": stage_key("pipeline.train", sections, inputs),
         "precision": precision,
         "shard_index_sha256": index.sha256,
         "code_sha256": source_sha256("pipeline.train"),
@@ -138,6 +144,7 @@ def make_step(
             min_snr_gamma=config.min_snr_gamma,
         ),
         timesteps=build_timestep_sampling(config),
+        to_x0=build_x0(spec, config.seed),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
@@ -164,7 +171,8 @@ def run_loop(
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
-    sampler = build_sampler(quick, spec, state.ema.network, step.schedule)
+    first_stage = load_first_stage(spec, paths.FIRST_STAGE / WEIGHTS, topology.device)
+    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, first_stage)
     columns = min(10, len(spec["labels"]) or 10)
 
     def preview(images_seen: int) -> None:
@@ -183,7 +191,8 @@ def run_loop(
 
 def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:
     """Write the stage's outputs: equal training gives equal bytes."""
-    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen})
+    files = {WEIGHTS_IN_MODEL: paths.FIRST_STAGE / WEIGHTS} if "first_stage" in spec else {}
+    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen}, files=files)
     save_curve(paths.LOSS_CURVE, state)
     parameters = sum(p.numel() for p in state.network.parameters())
     save_json(paths.TRAIN_METRICS, {**state.history[-1], "parameters": parameters})

@@ -65,3 +65,9 @@ def measure_scale(moments: Iterable[NDArray[np.float32]]) -> float:
     for batch in moments:
         scale.add(*torch.from_numpy(batch).chunk(2, dim=1))
     return scale.value
+
+
+def interleave(images: Tensor, reconstructions: Tensor, columns: int) -> NDArray[np.uint8]:
+    """A row of images, the row of their reconstructions, and so on: (n, c, h, w) twice -> (2n, c, h, w)."""
+    rows = zip(torch.split(images.cpu(), columns), torch.split(reconstructions.cpu(), columns), strict=True)
+    return torch.cat([part for row in rows for part in row]).numpy()

@@ -104,6 +104,22 @@ def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict
     return reference, moments
 
 
+def load_reconstruction_scores(path: Path, protocol: str) -> dict[str, float]:
+    """What the encode stage says of the first stage, to stand beside the scores of its samples.
+
+    Raises:
+        UserError: it is missing, or was measured with another extractor.
+    """
+    try:
+        content = load_json(path)
+        if content["protocol"] != protocol:
+            raise UserError(f"{path} was measured as `{content['protocol']}`: run `dvc repro encode` again")
+        names = ("fd_reconstruction", "fd_reconstruction_like_for_like", "psnr_reconstruction")
+        return {name: float(content[name]) for name in names}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no readable scores of reconstructions ({error}); run `dvc repro encode`") from None
+
+
 def mean_distance(first: list[Moments], second: list[Moments]) -> float:
     """Mean Frechet distance over all pairs of one from each list."""
     return float(np.mean([frechet_distance(a, b) for a, b in product(first, second)]))
