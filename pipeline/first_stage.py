@@ -20,6 +20,7 @@ from pipeline.runtime.files import load_json, sha256_file
 NOTE = "latents.json"  # beside the index of the latents: scale, and which first stage made them
 WEIGHTS = "weights.safetensors"
 WEIGHTS_IN_MODEL = "first_stage.safetensors"
+_MULTIPLIERS = [1, 2, 4, 4]
 
 
 def make_autoencoder_spec(params: AutoencoderParams, index: ShardIndex) -> dict[str, Any]:
@@ -33,14 +34,14 @@ def make_autoencoder_spec(params: AutoencoderParams, index: ShardIndex) -> dict[
             f"params.yaml: autoencoder.factor is {params.factor}, but images of {index.image_size} px can't be divided "
             "by it: use a smaller one, or another shard.image_size"
         )
-    multipliers = None if params.channel_multipliers == "auto" else params.channel_multipliers
+    auto = _MULTIPLIERS[: params.factor.bit_length()]
     return {
         "network": {
             "channels": index.channels,
             "latent_channels": params.latent_channels,
             "factor": params.factor,
             "base_channels": params.base_channels,
-            "channel_multipliers": multipliers,
+            "channel_multipliers": auto if params.channel_multipliers == "auto" else params.channel_multipliers,
             "num_blocks": params.num_blocks,
         },
         "image_size": index.image_size,

@@ -29,11 +29,11 @@ class KLAutoencoder(nn.Module):
         latent_channels: z, of the latent.
         factor: f, one of `FACTORS`.
         base_channels: channels at full resolution; a multiple of 8.
-        channel_multipliers: one a resolution, full resolution first; None for 1, 2, 4, 4 as far as they are needed.
+        channel_multipliers: one a resolution, full resolution first: log2(f) + 1 many.
         num_blocks: residual blocks a resolution, in each half.
 
     Raises:
-        ValueError: the factor is another, or the multipliers are not log2(f) + 1 many.
+        ValueError: the factor is another, or the number of multipliers.
 
     Example:
         >>> import torch
@@ -50,15 +50,13 @@ class KLAutoencoder(nn.Module):
         latent_channels: int = 4,
         factor: int = 4,
         base_channels: int = 32,
-        channel_multipliers: Sequence[int] | None = None,
+        channel_multipliers: Sequence[int] = (1, 2, 4),
         num_blocks: int = 1,
     ) -> None:
         super().__init__()
         if factor not in FACTORS:
             raise ValueError(f"factor is {factor}, expected one of {', '.join(map(str, FACTORS))}")
         levels = factor.bit_length()
-        if channel_multipliers is None:
-            channel_multipliers = (1, 2, 4, 4)[:levels]
         if len(channel_multipliers) != levels:
             raise ValueError(f"{len(channel_multipliers)} channel_multipliers, expected {levels} for factor {factor}")
         widths = [multiplier * base_channels for multiplier in channel_multipliers]

@@ -23,7 +23,9 @@ from ddpm_core.nn.blocks import ResidualBlock
 
 def make(factor: int = 4, **changes) -> KLAutoencoder:
     torch.manual_seed(0)
-    return KLAutoencoder(**{"channels": 3, "latent_channels": 2, "factor": factor, "base_channels": 8, **changes})
+    multipliers = [1, 2, 3, 3][: factor.bit_length()]
+    return KLAutoencoder(**{"channels": 3, "latent_channels": 2, "factor": factor, "base_channels": 8,
+                            "channel_multipliers": multipliers, **changes})  # fmt: skip
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
