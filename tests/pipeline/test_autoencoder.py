@@ -80,7 +80,13 @@ def test_a_row_holds_the_means_over_its_images_however_they_are_cut(micro_batch:
         assert row[name] == pytest.approx(float(everyone.mean()), rel=1e-6)
     assert row["loss"] > row["reconstruction"]
     assert row["images"] == 2 * BATCH
-    assert row["grad_norm"] > 0
+    apart = make_step(loss=partial(first_stage_loss, kl_weight=0.1), micro_batch=micro_batch)
+    norms = []
+    for number in range(2):
+        apart(batch_at(number))
+        norms.append(_log_row(apart.state, apart, ALONE)["grad_norm"])
+    assert row["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-6)
+    assert norms[0] > 0
     assert row["adversarial"] == row["discriminator"] == row["adaptive_weight"] == row["perceptual"] == 0
     assert not step.state.sums.any()
 
