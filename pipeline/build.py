@@ -15,9 +15,9 @@ import ddpm_core
 from ddpm_core import ClassifierFreeGuidance, NoiseSchedule, UNet
 from pipeline.config import ModelParams, OptimizerParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
+from pipeline.data.pixels import pixels_to_x0
 from pipeline.engine.generate import ImageSampler
 from pipeline.engine.latents import FirstStage, make_latents
-from pipeline.engine.step import pixels_to_x0
 from pipeline.errors import UserError
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}

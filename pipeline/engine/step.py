@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_core import DiffusionLoss, NoiseSchedule, drop_labels, uniform_timesteps
 from pipeline.data.loader import Batch
-from pipeline.data.pixels import to_unit_range
+from pipeline.data.pixels import pixels_to_x0
 from pipeline.engine.state import QUARTILES, TrainState
 from pipeline.runtime.rng import Stream, draw_integer, draw_normal, draw_uniform
 from pipeline.runtime.topology import Topology
@@ -20,11 +20,6 @@ from pipeline.runtime.topology import Topology
 def sample_uniformly(u: Tensor, places: Tensor, num_timesteps: int) -> Tensor:
     """Every diffusion step equally often, whatever the place."""
     return uniform_timesteps(u, num_timesteps)
-
-
-def pixels_to_x0(images: Tensor, places: Tensor) -> Tensor:
-    """uint8 pixels -> [-1, 1], whatever the place."""
-    return to_unit_range(images)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,13 @@ from pipeline.build import build_network, build_sampler, build_schedule, build_x
 from pipeline.config import Params, SampleParams, load_params, params_from
 from pipeline.data.index import load_index
 from pipeline.data.meta import read_meta
+from pipeline.data.pixels import pixels_to_x0
 from pipeline.data.store import ShardStore
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.checkpoint import save_model
 from pipeline.engine.latents import FirstStage, interleave, make_latents, measure_scale
 from pipeline.engine.reconstruction import score_reconstructions
 from pipeline.engine.score import load_reconstruction_scores
-from pipeline.engine.step import pixels_to_x0
 from pipeline.errors import UserError
 from pipeline.first_stage import (
     NOTE,
