@@ -31,8 +31,8 @@ class Stream(IntEnum):
     ORDER = 6
     HALVES = 7
     DROPOUT = 8
-    POSTERIOR = 9  # of the autoencoder, in its own training
-    LATENT = 10  # of the autoencoder, in the training on its latents
+    POSTERIOR = 24  # of the autoencoder, in its own training
+    LATENT = 25  # of the autoencoder, in the training on its latents
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
