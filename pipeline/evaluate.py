@@ -74,6 +74,8 @@ def main() -> None:
         numbers = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float) or k == "num_samples"}
         tracker.log_metrics(numbers, int(model["images_seen"]), replace=True)
         tracker.log_artifact(paths.EVALUATE_METRICS, "metrics")
+        name = f"fd_{reference['extractor']}"
+        tracker.register_model(paths.MODEL, score_name=name, score=scores[name], protocol=scores["protocol"])
     shown = ", ".join(f"{k} {_short(v)}" for k, v in scores.items() if not isinstance(v, str))
     log.info("evaluate: %s; peak memory %.2f GiB a process", shown, peak_memory_gib())
 

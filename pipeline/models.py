@@ -15,6 +15,7 @@ from pipeline.config import SampleParams
 from pipeline.data.pixels import to_uint8
 from pipeline.engine.checkpoint import load_model_spec, load_weights
 from pipeline.errors import UserError
+from pipeline.runtime.registry import fetch_model, is_model_uri
 from pipeline.runtime.rng import Stream, draw_normal
 
 
@@ -33,7 +34,7 @@ class TrainedModel:
 
     def sample(
         self,
-        labels: Sequence[int | str] | None = None,
+        labels: Sequence[int | str | None] | None = None,
         *,
         num_images: int = 1,
         seed: int = 0,
@@ -44,8 +45,8 @@ class TrainedModel:
         """Draw images. Image i depends on (seed, i) and its label alone, not on how many are drawn with it.
 
         Args:
-            labels: one an image, as class names or their numbers; None for a model without classes, or for images of
-                no class in particular from one that has them.
+            labels: one an image, as class names or their numbers; None, one for all or one for an image, for no class
+                in particular, and for a model without classes.
             num_images: how many without labels; labels say it themselves.
             seed: in [0, 2**32).
             sampler, steps, guidance: as in params.yaml.
@@ -62,15 +63,18 @@ class TrainedModel:
         )  # fmt: skip
         draw = build_sampler(params, self.spec, self.network, self.schedule)
         device = self.schedule.betas.device
-        condition = None if labels is None else torch.tensor([self._number(label) for label in labels], device=device)
-        places = torch.arange(num_images if condition is None else len(condition), device=device)
+        numbers = None if labels is None else [self._number(label) for label in labels]
+        condition = torch.tensor(numbers, device=device) if numbers and self.classes else None
+        places = torch.arange(num_images if numbers is None else len(numbers), device=device)
 
         def noise(k: int) -> Tensor:
             return draw_normal(seed, Stream.SAMPLE, places, draw.shape, draw=k)
 
         return to_uint8(draw.method(noise(0), noise, condition=condition))
 
-    def _number(self, label: int | str) -> int:
+    def _number(self, label: int | str | None) -> int:
+        if label is None:
+            return len(self.classes)  # the row of "no class"
         number = label if isinstance(label, int) else self.classes.index(label) if label in self.classes else -1
         if not 0 <= number < len(self.classes):
             known = ", ".join(self.classes) or "none: the model is unconditional"
@@ -78,17 +82,24 @@ class TrainedModel:
         return number
 
 
-def load_model(folder: str | Path = "model", device: torch.device | str = "cpu") -> TrainedModel:
-    """The model in a folder, ready to sample.
+def resolve_model(place: str | Path) -> Path:
+    """The folder of a model that may lie in MLflow: downloaded then, as `load_model` takes it."""
+    return fetch_model(str(place)) if is_model_uri(place) else Path(place)
+
+
+def load_model(place: str | Path = "model", device: torch.device | str = "cpu") -> TrainedModel:
+    """The model in a folder or in MLflow, ready to sample.
 
     Args:
-        folder: the train stage's output: `model.json` and `weights.safetensors`, both data, never code.
+        place: the train stage's output: `model.json` and `weights.safetensors`, both data, never code. Or an address
+            such as `models:/ddpm-pipeline@best` or `runs:/ID/registered_model`, looked up at `MLFLOW_TRACKING_URI`, or
+            else in `mlflow.db` here.
         device: where to draw samples.
 
     Raises:
-        UserError: the folder holds no model, or one of another format.
+        UserError: there is no model, or one of another format.
     """
-    folder = Path(folder)
+    folder = resolve_model(place)
     spec = load_model_spec(folder)
     network = build_network(spec)
     load_weights(folder, network)
