@@ -9,6 +9,9 @@ from ddpm_core.ema import EMA
 from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
 from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
+from ddpm_core.nn.cost import Cost, count_cost
+from ddpm_core.nn.dit import DiT
+from ddpm_core.nn.network import DenoisingNetwork
 from ddpm_core.nn.unet import UNet
 from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
 from ddpm_core.samplers.ddim import invert_ddim, sample_ddim, slerp
@@ -43,12 +46,16 @@ __all__ = [
     "ClassEmbedding",
     "ClassifierFreeGuidance",
     "Condition",
+    "Cost",
     "Denoiser",
+    "DenoisingNetwork",
+    "DiT",
     "DiffusionLoss",
     "LossAwareTimesteps",
     "NoiseSchedule",
     "UNet",
     "bits_per_dim",
+    "count_cost",
     "discretised_gaussian_log_likelihood",
     "drop_labels",
     "get_loss",

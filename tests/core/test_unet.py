@@ -6,17 +6,13 @@ import pytest
 import torch
 
 from ddpm_core import UNet
+from tests.networks import fill_zeros
 
 
 def trained_a_little(**arguments) -> UNet:
     """A network whose zero-initialised outputs have been filled, so that inputs show."""
     torch.manual_seed(0)
-    network = UNet(**{"image_size": 8, "channels": 1, "num_classes": 3, "base_channels": 16, **arguments})
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return network.eval()
+    return fill_zeros(UNet(**{"image_size": 8, "channels": 1, "num_classes": 3, "base_channels": 16, **arguments}))
 
 
 @pytest.mark.parametrize(("size", "channels", "multipliers"), [(8, 1, (1, 2)), (16, 3, (1, 2, 3)), (12, 3, (2, 1))])
@@ -50,9 +46,23 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
     torch.testing.assert_close(network(x, t, labels)[2:3], network(x[2:3], t[2:3], labels[2:3]), rtol=1e-5, atol=1e-5)
 
 
+def test_context_a_learned_variance_and_an_embedder() -> None:
+    class Embedder(torch.nn.Module):
+        def forward(self, condition, batch_size):
+            return condition.expand(batch_size, 64)
+
+    network = trained_a_little(num_classes=0, context_channels=2, learned_variance=True, embedder=Embedder())
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 20])
+    out = network(x, t, torch.zeros(1, 64))
+    assert out.shape == (2, 2, 8, 8)
+    assert not torch.allclose(out, network(x, t, torch.ones(1, 64)))
+
+
 def test_what_can_not_work_is_refused() -> None:
     with pytest.raises(ValueError, match="can't be halved 2 times"):
         UNet(image_size=10, channels=1, channel_multipliers=(1, 2, 2))
+    with pytest.raises(ValueError, match="both given"):
+        trained_a_little(embedder=torch.nn.Identity())
     with pytest.raises(ValueError, match="num_classes=0"):
         UNet(image_size=8, channels=1, base_channels=8)(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1))
 
