@@ -30,6 +30,13 @@ def test_a_block_starts_as_the_identity_whatever_it_is_told() -> None:
     assert block.to_out.weight.any()  # only the gates are closed
 
 
+def test_dropout_is_in_both_branches() -> None:
+    block, tokens = DiTBlock(16, 2, 4.0, 1.0, False), torch.randn(2, 5, 16)
+    nn.init.normal_(block.modulation.weight)
+    assert torch.equal(block(torch.randn(2, 16), tokens), tokens)  # all of it
+    assert not torch.equal(block.eval()(torch.randn(2, 16), tokens), tokens)
+
+
 def test_step_label_and_every_pixel_reach_the_output() -> None:
     network = trained_a_little()
     x, t, labels = torch.randn(1, 1, 8, 8), torch.tensor([10]), torch.tensor([1])

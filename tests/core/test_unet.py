@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddpm_core import UNet
+from ddpm_core.nn.unet import Stage
 from tests.networks import fill_zeros
 
 
@@ -32,6 +33,12 @@ def test_step_label_and_every_pixel_reach_the_output() -> None:
     x.requires_grad_()
     network(x, t, labels)[0, 0, 0, 0].backward()
     assert bool((x.grad != 0).all())
+
+
+def test_a_skip_connection_comes_after_what_comes_from_below() -> None:
+    stage, embedding = Stage(24, 8, 16, 0.0, False, False), torch.randn(2, 16)
+    below, skip = torch.randn(2, 16, 4, 4), torch.randn(2, 8, 4, 4)
+    assert torch.equal(stage(embedding, below, skip), stage(embedding, torch.cat((below, skip), dim=1)))
 
 
 def test_no_label_is_the_null_label() -> None:
