@@ -2,6 +2,19 @@
 
 Shapes: x is (b, ...), t is (b,) int64 in [0, T). Randomness is an argument; nothing here reads a file, an environment
 variable or a rank.
+
+Any callable `(x_t, t, condition)` is a denoiser, on data of any rank: `UNet` and `DiT` are only ours. A plain function
+on vectors, trained (had it weights) and sampled:
+
+    >>> import torch
+    >>> def denoiser(x_t, t, condition):
+    ...     return torch.full_like(x_t, 0.5)  # its prediction of x0
+    >>> schedule, noise = register_schedule(beta_schedule="cosine"), torch.randn(11, 4, 2)
+    >>> t = torch.tensor([0, 300, 600, 999])
+    >>> p_losses(denoiser, schedule, torch.zeros(4, 2), t, noise[0], parameterization="x0").loss
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    >>> sample_ddpm(denoiser, schedule, noise[0], noise.__getitem__, parameterization="x0", num_steps=10).shape
+    torch.Size([4, 2])
 """
 
 from ddpm_core.conditioning import ClassEmbedding, Condition, drop_labels, timestep_embedding
@@ -9,6 +22,9 @@ from ddpm_core.ema import EMA
 from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
 from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
+from ddpm_core.nn.cost import Cost, count_cost
+from ddpm_core.nn.dit import DiT
+from ddpm_core.nn.network import DenoisingNetwork
 from ddpm_core.nn.unet import UNet
 from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
 from ddpm_core.samplers.ddim import invert_ddim, sample_ddim, slerp
@@ -43,12 +59,16 @@ __all__ = [
     "ClassEmbedding",
     "ClassifierFreeGuidance",
     "Condition",
+    "Cost",
     "Denoiser",
+    "DenoisingNetwork",
+    "DiT",
     "DiffusionLoss",
     "LossAwareTimesteps",
     "NoiseSchedule",
     "UNet",
     "bits_per_dim",
+    "count_cost",
     "discretised_gaussian_log_likelihood",
     "drop_labels",
     "get_loss",

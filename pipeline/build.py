@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import ddpm_core
-from ddpm_core import ClassifierFreeGuidance, NoiseSchedule, UNet
+from ddpm_core import ClassifierFreeGuidance, DenoisingNetwork, DiT, NoiseSchedule, UNet
+from ddpm_core.nn.attention import count_heads
 from pipeline.config import ModelParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
 from pipeline.engine.generate import ImageSampler
 from pipeline.errors import UserError
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
+NETWORKS: dict[str, Callable[..., DenoisingNetwork]] = {"unet": UNet, "dit": DiT}
 _MULTIPLIERS = {8: [1, 2], 16: [1, 2, 2], 32: [1, 2, 2, 2], 64: [1, 2, 3, 4]}
 
 
 def make_model_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
     """What model.json says of a model: enough to build it again, `auto` values resolved."""
     return {
-        "network": {"name": "unet", **_network_arguments(params.model, index)},
+        "network": {"name": params.model.network, **_network_arguments(params.model, index)},
         "schedule": params.schedule.model_dump(),
         "parameterization": params.model.parameterization,
         "classes": list(index.classes),
@@ -34,6 +35,39 @@ def make_model_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
 
 
 def _network_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+    match params.network:
+        case "unet":
+            inside = _unet_arguments(params, index)
+        case "dit":
+            inside = _dit_arguments(params, index)
+    return {
+        "image_size": index.image_size,
+        "channels": index.channels,
+        "num_classes": index.num_classes,
+        **inside,
+        "dropout": params.dropout,
+        "learned_variance": params.learned_variance,
+        "qk_norm": params.qk_norm,
+    }
+
+
+def _dit_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+    if index.image_size % params.patch_size:
+        raise UserError(
+            f"params.yaml: model.patch_size is {params.patch_size}, which does not divide images of {index.image_size} "
+            "px: use another, or another shard.image_size"
+        )
+    width = 4 * params.base_channels  # the size of the embedding, in both networks
+    num_heads = count_heads(width) if params.num_heads == "auto" else params.num_heads
+    if width % num_heads:
+        raise UserError(
+            f"params.yaml: model.num_heads is {num_heads}, which does not divide a width of {width}, four times "
+            "model.base_channels: use auto"
+        )
+    return {"patch_size": params.patch_size, "width": width, "depth": params.depth, "num_heads": num_heads}
+
+
+def _unet_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
     multipliers = params.channel_multipliers
     if multipliers == "auto":
         nearest = max((size for size in _MULTIPLIERS if size <= index.image_size), default=8)
@@ -46,18 +80,19 @@ def _network_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]
             f"px can't be halved {len(multipliers) - 1} times: use fewer, or another shard.image_size"
         )
     return {
-        "image_size": index.image_size,
-        "channels": index.channels,
-        "num_classes": index.num_classes,
         "base_channels": params.base_channels,
         "channel_multipliers": multipliers,
         "num_blocks": params.num_blocks,
         "attention_resolutions": params.attention_resolutions,
-        "dropout": params.dropout,
     }
 
 
-def build_network(spec: dict[str, Any], *, seed: int = 0) -> nn.Module:
+def has_learned_variance(spec: dict[str, Any]) -> bool:
+    """Whether the network also gives the variance; a model.json older than that option does not say so."""
+    return bool(spec["network"].get("learned_variance", False))
+
+
+def build_network(spec: dict[str, Any], *, seed: int = 0) -> DenoisingNetwork:
     """The network of a model spec, initialised from `seed` alone.
 
     Raises:
@@ -70,6 +105,15 @@ def build_network(spec: dict[str, Any], *, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[name](**arguments)
+
+
+def place_network(network: DenoisingNetwork, device: torch.device, channels_last: bool | None) -> DenoisingNetwork:
+    """Move a network to its device, convolutions' weights with the channels last in memory if asked for; None: on CUDA,
+    whose tensor cores want them so. Without effect on a network without convolutions."""
+    network.to(device)
+    if channels_last if channels_last is not None else device.type == "cuda":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def build_schedule(spec: dict[str, Any]) -> NoiseSchedule:
@@ -152,6 +196,7 @@ def build_sampler(
         denoiser = ClassifierFreeGuidance(network, params.guidance, null_label=num_classes)
     common = {
         "parameterization": spec["parameterization"],
+        "learned_variance": has_learned_variance(spec),
         "num_steps": params.steps,
         "spacing": params.spacing,
         "dynamic_threshold": params.dynamic_threshold,

@@ -79,11 +79,17 @@ class ScheduleParams(Section):
 
 
 class ModelParams(Section):
+    network: Literal["unet", "dit"]
     parameterization: Literal["eps", "x0", "v"]
+    learned_variance: bool
     base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
     channel_multipliers: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"]
     num_blocks: Positive
     attention_resolutions: list[Positive]
+    patch_size: Positive
+    depth: Positive
+    num_heads: Positive | Literal["auto"]
+    qk_norm: bool
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -150,6 +156,15 @@ class Params(Section):
             raise ValueError(
                 "schedule.zero_terminal_snr is true, so model.parameterization must be v or x0: at the last step eps "
                 "says nothing of the image"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_bound_for_one_variance(self) -> Params:
+        if self.model.learned_variance and self.train.original_elbo_weight != 0.0:
+            raise ValueError(
+                f"train.original_elbo_weight is {self.train.original_elbo_weight}, the weight of a fixed variance's "
+                "bound, so it must be 0 where model.learned_variance is true"
             )
         return self
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pipeline import paths
-from pipeline.build import build_network, build_sampler, build_schedule
+from pipeline.build import build_network, build_sampler, build_schedule, place_network
 from pipeline.config import SampleParams, load_params
 from pipeline.data.pixels import make_grid
 from pipeline.data.writer import Sample, write_shards
@@ -50,7 +50,7 @@ def main() -> None:
             open_tracker(machine.state, train_key, run_name=name, tags={}, enabled=speaks) as tracker,
         ):
             started = time.monotonic()
-            sampler = load_sampler(params, spec, topology)
+            sampler = load_sampler(params, spec, topology, machine.channels_last)
             blocks = generate_blocks(sampler, folder, params.num_samples, machine.sample_batch, topology)
             if topology.is_main:
                 publish(sampler, spec, params, blocks)
@@ -59,11 +59,13 @@ def main() -> None:
             topology.barrier()
 
 
-def load_sampler(params: SampleParams, spec: dict[str, Any], topology: Topology) -> ImageSampler:
+def load_sampler(
+    params: SampleParams, spec: dict[str, Any], topology: Topology, channels_last: bool | None
+) -> ImageSampler:
     """The trained network on this rank's device, behind the sampler that params ask for."""
     network = build_network(spec)
     load_weights(paths.MODEL, network)
-    network.to(topology.device).eval().requires_grad_(False)
+    place_network(network, topology.device, channels_last).eval().requires_grad_(False)
     return build_sampler(params, spec, network, build_schedule(spec).to(topology.device))
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ddpm_core import EMA, p_losses
+from ddpm_core import EMA, DenoisingNetwork, count_cost, p_losses
 from pipeline import paths
 from pipeline.build import (
     build_learning_rate,
@@ -25,7 +26,9 @@ from pipeline.build import (
     build_sampler,
     build_schedule,
     build_timestep_sampling,
+    has_learned_variance,
     make_model_spec,
+    place_network,
 )
 from pipeline.config import Params, SampleParams, load_params
 from pipeline.data.index import ShardIndex, load_index
@@ -67,6 +70,8 @@ def main() -> None:
             open_run(params, machine, topology, index, lineage) as tracker,
         ):
             step = make_step(params, machine, topology, spec, dtype)
+            if topology.is_main:
+                report_cost(step.state.network, spec, tracker)
             resume(step.state, checkpoints, topology)
             run_loop(step, params, machine, topology, index, spec, checkpoints, tracker, stop)
             if topology.is_main:
@@ -129,9 +134,8 @@ def make_step(
     if config.batch_size < topology.world_size:
         raise UserError(f"params.yaml: train.batch_size is {config.batch_size}, less than {topology.world_size} ranks")
     device = topology.device
-    network = build_network(spec, seed=config.seed).to(device)
-    if device.type == "cuda":
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = place_network(build_network(spec, seed=config.seed), device, machine.channels_last)
+    network.activation_checkpointing = machine.activation_checkpointing
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
     average = EMA(network, config.ema_half_life_images)
     state = TrainState(network, average, build_optimizer(config, network), sums=sums)
@@ -148,6 +152,7 @@ def make_step(
         loss=partial(
             p_losses,
             parameterization=spec["parameterization"],
+            learned_variance=has_learned_variance(spec),
             loss_type=config.loss_type,
             l_simple_weight=config.l_simple_weight,
             original_elbo_weight=config.original_elbo_weight,
@@ -157,6 +162,16 @@ def make_step(
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
+
+
+def report_cost(network: nn.Module, spec: dict[str, Any], tracker: Tracker) -> None:
+    """Say how large the network is and what an image costs it."""
+    assert isinstance(network, DenoisingNetwork)
+    cost = count_cost(network, network.input_shape)
+    gflop = cost.flop_per_image / 1e9
+    tracker.log_params({"model.parameters": cost.parameters, "model.gflop_per_image": round(gflop, 6)})
+    log.info("train: %s, %s parameters, %.3g GFLOP an image forward",
+             spec["network"]["name"], f"{cost.parameters:,}", gflop)  # fmt: skip
 
 
 def resume(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) -> None:
