@@ -11,6 +11,17 @@ from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_
 from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
 from ddpm_core.nn.unet import UNet
 from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
+from ddpm_core.restoration.ddrm import restore_ddrm
+from ddpm_core.restoration.operators import (
+    Colourise,
+    Deblur,
+    Denoise,
+    Inpaint,
+    LinearOperator,
+    Separable,
+    SuperResolve,
+    gaussian_kernel,
+)
 from ddpm_core.samplers.ddim import invert_ddim, sample_ddim, slerp
 from ddpm_core.samplers.ddpm import sample_ddpm
 from ddpm_core.samplers.dpm_solver import sample_dpm_solver
@@ -42,15 +53,23 @@ __all__ = [
     "BitsPerDim",
     "ClassEmbedding",
     "ClassifierFreeGuidance",
+    "Colourise",
     "Condition",
+    "Deblur",
+    "Denoise",
     "Denoiser",
     "DiffusionLoss",
+    "Inpaint",
+    "LinearOperator",
     "LossAwareTimesteps",
     "NoiseSchedule",
+    "Separable",
+    "SuperResolve",
     "UNet",
     "bits_per_dim",
     "discretised_gaussian_log_likelihood",
     "drop_labels",
+    "gaussian_kernel",
     "get_loss",
     "invert_ddim",
     "learned_log_variance",
@@ -64,6 +83,7 @@ __all__ = [
     "q_sample",
     "register_schedule",
     "rescale_zero_terminal_snr",
+    "restore_ddrm",
     "sample_ddim",
     "sample_ddpm",
     "sample_dpm_solver",

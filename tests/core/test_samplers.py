@@ -57,6 +57,11 @@ def test_even_in_log_snr_is_even_up_to_whole_steps() -> None:
     gains = torch.tensor([step.log_snr_gain for step in make_grid(schedule, 12, "logsnr")][:-1])
     assert float(gains[:-3].max() / gains[:-3].min()) < 1.002
     assert float(gains.max() / gains.min()) < 1.06  # beside the data a whole step is a few per cent
+    uneven = torch.tensor([4.0, 2.0, -0.3, -2.0, -4.0], dtype=torch.float64)
+    assert make_timesteps(5, 3, "logsnr", log_snr=uneven) == [4, 2, 0]  # the nearest to 0, from either side
+    assert make_timesteps(5, 3, "logsnr", log_snr=-uneven.flip(0)) == [4, 2, 0]
+    crowded = torch.tensor([4.0, -3.0, -3.5, -3.6, -4.0], dtype=torch.float64)
+    assert make_timesteps(5, 4, "logsnr", log_snr=crowded) == [4, 2, 1, 0]
     with pytest.raises(ValueError, match="needs the schedule's log_snr"):
         make_timesteps(1000, 4, "logsnr")
 
