@@ -27,6 +27,17 @@ from ddpm_core.nn.dit import DiT
 from ddpm_core.nn.network import DenoisingNetwork
 from ddpm_core.nn.unet import UNet
 from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
+from ddpm_core.restoration.ddrm import restore_ddrm
+from ddpm_core.restoration.operators import (
+    Colourise,
+    Deblur,
+    Denoise,
+    Inpaint,
+    LinearOperator,
+    Separable,
+    SuperResolve,
+    gaussian_kernel,
+)
 from ddpm_core.samplers.ddim import invert_ddim, sample_ddim, slerp
 from ddpm_core.samplers.ddpm import sample_ddpm
 from ddpm_core.samplers.dpm_solver import sample_dpm_solver
@@ -58,19 +69,27 @@ __all__ = [
     "BitsPerDim",
     "ClassEmbedding",
     "ClassifierFreeGuidance",
+    "Colourise",
     "Condition",
     "Cost",
+    "Deblur",
+    "Denoise",
     "Denoiser",
     "DenoisingNetwork",
     "DiT",
     "DiffusionLoss",
+    "Inpaint",
+    "LinearOperator",
     "LossAwareTimesteps",
     "NoiseSchedule",
+    "Separable",
+    "SuperResolve",
     "UNet",
     "bits_per_dim",
     "count_cost",
     "discretised_gaussian_log_likelihood",
     "drop_labels",
+    "gaussian_kernel",
     "get_loss",
     "invert_ddim",
     "learned_log_variance",
@@ -84,6 +103,7 @@ __all__ = [
     "q_sample",
     "register_schedule",
     "rescale_zero_terminal_snr",
+    "restore_ddrm",
     "sample_ddim",
     "sample_ddpm",
     "sample_dpm_solver",

@@ -127,7 +127,7 @@ class SampleParams(Section):
     num_samples: Annotated[int, Field(ge=2)]
     sampler: Literal["ddim", "ddpm", "dpm_solver", "heun"]
     steps: Positive
-    spacing: Literal["trailing", "leading", "linspace", "quad"]
+    spacing: Literal["trailing", "leading", "linspace", "quad", "logsnr"]
     eta: Share
     guidance: float
     dynamic_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None

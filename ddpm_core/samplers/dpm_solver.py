@@ -33,7 +33,8 @@ def sample_dpm_solver(
 
     D = x0 + h / (2 h_last) (x0 - x0_last), x_prev = sigma_prev / sigma x_t - signal_prev (e^-h - 1) D, where h is the
     gain in log(signal / sigma). One network call a step, error of order two. The first step has no last x0, and the
-    last one, to a log-snr that is infinite, no middle: these are DDIM's, the last one gives x0.
+    last one, to a log-snr that is infinite, no middle: these are DDIM's, the last one gives x0. The method's own time
+    is log-snr: with spacing `logsnr` all gains h are alike, up to whole steps.
 
     **Source**: Lu et al. 2022 (DPM-Solver++), algorithm 2; their alpha and sigma are our signal and sigma.
 
