@@ -4,7 +4,17 @@ Shapes: x is (b, ...), t is (b,) int64 in [0, T). Randomness is an argument; not
 variable or a rank.
 """
 
-from ddpm_core.conditioning import ClassEmbedding, Condition, drop_labels, timestep_embedding
+from ddpm_core.conditioning import (
+    ClassEmbedding,
+    Condition,
+    Conditions,
+    ContextConcat,
+    composite,
+    drop_conditions,
+    drop_labels,
+    timestep_embedding,
+)
+from ddpm_core.dictionaries import ExactEmbedding, NearestEmbedding, QuantizedEmbedding, take_auxiliary_loss
 from ddpm_core.ema import EMA
 from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
@@ -43,13 +53,20 @@ __all__ = [
     "ClassEmbedding",
     "ClassifierFreeGuidance",
     "Condition",
+    "Conditions",
+    "ContextConcat",
     "Denoiser",
     "DiffusionLoss",
+    "ExactEmbedding",
     "LossAwareTimesteps",
+    "NearestEmbedding",
     "NoiseSchedule",
+    "QuantizedEmbedding",
     "UNet",
     "bits_per_dim",
+    "composite",
     "discretised_gaussian_log_likelihood",
+    "drop_conditions",
     "drop_labels",
     "get_loss",
     "invert_ddim",
@@ -71,6 +88,7 @@ __all__ = [
     "slerp",
     "split_output",
     "stratified_timesteps",
+    "take_auxiliary_loss",
     "timestep_embedding",
     "to_target",
     "to_x0",
