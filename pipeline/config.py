@@ -36,7 +36,7 @@ class DataParams(Section):
 
 
 class FetchParams(Section):
-    source: Literal["digits", "idx"]
+    source: Literal["digits", "idx", "photo_tiles"]
     idx_dir: str | None
 
     @model_validator(mode="after")
@@ -85,6 +85,8 @@ class ModelParams(Section):
     num_blocks: Positive
     attention_resolutions: list[Positive]
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    context: Literal["none", "inpaint", "super_resolution", "colour"]
+    context_factor: Annotated[int, Field(ge=2)]
 
 
 class TrainParams(Section):

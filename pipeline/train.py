@@ -18,6 +18,7 @@ import torch
 from ddpm_core import EMA, p_losses
 from pipeline import paths
 from pipeline.build import (
+    build_context,
     build_learning_rate,
     build_network,
     build_optimizer,
@@ -31,8 +32,8 @@ from pipeline.config import Params, SampleParams, load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.loader import iterate_batches
 from pipeline.data.order import Order
-from pipeline.data.pixels import make_grid
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
+from pipeline.engine.generate import GRID_ROWS
 from pipeline.engine.loop import LoopPlan, Observers, train
 from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
@@ -155,6 +156,7 @@ def make_step(
         ),
         timesteps=build_timestep_sampling(config),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
+        context=build_context(spec),
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
 
@@ -191,12 +193,11 @@ def run_loop(
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
-    sampler = build_sampler(quick, spec, state.ema.network, step.schedule)
-    columns = min(10, len(spec["labels"]) or 10)
+    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, index)
 
     def preview(images_seen: int) -> None:
-        pixels = sampler(torch.arange(PREVIEW.num_samples, device=topology.device))
-        tracker.log_image("samples", make_grid(pixels.cpu().numpy(), columns), images_seen)
+        pixels = sampler(torch.arange(GRID_ROWS * sampler.columns, device=topology.device))
+        tracker.log_image("samples", sampler.picture(pixels.cpu().numpy()), images_seen)
 
     plan = LoopPlan(
         total_images=steps.stop * config.batch_size,
