@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.rng import Stream, draw_permutation, draw_uniform
 
 LABEL = "label"
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow turns colour into grey
+_LUMA = (19595, 38470, 7471)  # ITU-R 601 in parts of 2**16, as Pillow turns colour into grey
 _CHUNK = 1000
 
 Uniform = Callable[[int], Tensor]
@@ -131,7 +131,8 @@ class SuperResolution:
         return channels
 
     def __call__(self, x0: Tensor, u: Uniform) -> Context:
-        return self._enlarge(_in_levels(functional.avg_pool2d(x0, self.factor)))
+        small = functional.avg_pool2d(to_uint8(x0).float(), self.factor).round().to(torch.uint8)
+        return self._enlarge(to_unit_range(small))
 
     def from_user(self, images: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> Context:
         _refuse_mask(mask)
@@ -152,8 +153,9 @@ class Colour:
         return 1
 
     def __call__(self, x0: Tensor, u: Uniform) -> Context:
-        luma = torch.tensor(_LUMA, device=x0.device)[:, None, None]
-        return self._make(_in_levels((x0 * luma).sum(1, keepdim=True)))
+        red, green, blue = to_uint8(x0).long().split(1, dim=1)
+        grey = (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue + (1 << 15)) >> 16
+        return self._make(to_unit_range(grey))
 
     def from_user(self, images: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> Context:
         _refuse_mask(mask)
@@ -162,11 +164,6 @@ class Colour:
 
     def _make(self, grey: Tensor) -> Context:
         return Context(grey, grey.expand(-1, 3, -1, -1))
-
-
-def _in_levels(images: Tensor) -> Tensor:
-    """The nearest values that 8 bits can hold."""
-    return to_unit_range(to_uint8(images))
 
 
 def _refuse_mask(mask: Tensor | None) -> None:
