@@ -29,6 +29,8 @@ def test_the_shipped_params_are_valid() -> None:
         ("sigmoid_tau: 1.0", "sigmoid_tau: 0.0", ["schedule.sigmoid_tau", "greater than 0"]),
         ("min_snr_gamma: null", "min_snr_gamma: 0.0", ["train.min_snr_gamma", "greater than 0"]),
         ("timestep_sampling: uniform", "timestep_sampling: loss-aware", ["train.timestep_sampling", "'stratified'"]),
+        ("context: none", "context: outpaint", ["model.context", "'inpaint'", "'outpaint'"]),
+        ("context_factor: 4", "context_factor: 1", ["model.context_factor", "greater than or equal to 2"]),
         ("data:", "data: [", ["line", "not valid YAML"]),
     ],
 )
