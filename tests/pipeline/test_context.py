@@ -95,6 +95,16 @@ def test_a_grey_context_is_that_of_pillow_and_a_users_grey_image_gives_the_same(
     assert context.picture.shape == x0.shape
 
 
+def test_training_and_samples_draw_each_number_of_a_hole_for_itself_and_not_the_same(tmp_path: Path) -> None:
+    places, x0 = torch.arange(9), to_unit_range(images(9))
+    in_training = training_context(Inpaint(), x0, 0, places).hole
+    assert torch.equal(in_training, draw_hole(uniform(places), 8, 8))
+    of_samples = RealContexts(Inpaint(), shards(tmp_path / "s"), seed=0)(places).hole
+    keyed = [draw_uniform(0, Stream.SAMPLE_CONTEXT, places, draw=k) for k in range(4)]
+    assert torch.equal(of_samples, draw_hole(keyed.__getitem__, 8, 8))
+    assert not torch.equal(of_samples, in_training)
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_context_depends_on_its_image_and_place_alone(name: str) -> None:
     maker, x0 = MAKERS[name], to_unit_range(images(6))
