@@ -17,7 +17,17 @@ on vectors, trained (had it weights) and sampled:
     torch.Size([4, 2])
 """
 
-from ddpm_core.conditioning import ClassEmbedding, Condition, drop_labels, timestep_embedding
+from ddpm_core.conditioning import (
+    ClassEmbedding,
+    Condition,
+    Conditions,
+    ContextConcat,
+    composite,
+    drop_conditions,
+    drop_labels,
+    timestep_embedding,
+)
+from ddpm_core.dictionaries import ExactEmbedding, NearestEmbedding, QuantizedEmbedding, take_auxiliary_loss
 from ddpm_core.ema import EMA
 from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
@@ -71,6 +81,8 @@ __all__ = [
     "ClassifierFreeGuidance",
     "Colourise",
     "Condition",
+    "Conditions",
+    "ContextConcat",
     "Cost",
     "Deblur",
     "Denoise",
@@ -78,16 +90,21 @@ __all__ = [
     "DenoisingNetwork",
     "DiT",
     "DiffusionLoss",
+    "ExactEmbedding",
     "Inpaint",
     "LinearOperator",
     "LossAwareTimesteps",
+    "NearestEmbedding",
     "NoiseSchedule",
+    "QuantizedEmbedding",
     "Separable",
     "SuperResolve",
     "UNet",
     "bits_per_dim",
+    "composite",
     "count_cost",
     "discretised_gaussian_log_likelihood",
+    "drop_conditions",
     "drop_labels",
     "gaussian_kernel",
     "get_loss",
@@ -111,6 +128,7 @@ __all__ = [
     "slerp",
     "split_output",
     "stratified_timesteps",
+    "take_auxiliary_loss",
     "timestep_embedding",
     "to_target",
     "to_x0",

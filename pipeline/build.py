@@ -12,21 +12,42 @@ import torch
 from torch import Tensor, nn
 
 import ddpm_core
-from ddpm_core import ClassifierFreeGuidance, DenoisingNetwork, DiT, NoiseSchedule, UNet
+from ddpm_core import (
+    ClassEmbedding,
+    ClassifierFreeGuidance,
+    Conditions,
+    ContextConcat,
+    DenoisingNetwork,
+    DiT,
+    NoiseSchedule,
+    UNet,
+)
 from ddpm_core.nn.attention import count_heads
 from pipeline.config import ModelParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
+from pipeline.engine.context import LABEL, Colour, ContextMaker, Inpaint, RealContexts, SuperResolution
 from pipeline.engine.generate import ImageSampler
 from pipeline.errors import UserError
 
 NETWORKS: dict[str, Callable[..., DenoisingNetwork]] = {"unet": UNet, "dit": DiT}
+CONTEXTS: dict[str, Callable[..., ContextMaker]] = {
+    "inpaint": Inpaint,
+    "super_resolution": SuperResolution,
+    "colour": Colour,
+}
 _MULTIPLIERS = {8: [1, 2], 16: [1, 2, 2], 32: [1, 2, 2, 2], 64: [1, 2, 3, 4]}
 
 
 def make_model_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
     """What model.json says of a model: enough to build it again, `auto` values resolved."""
+    context = _context_spec(params.model, index)
     return {
-        "network": {"name": params.model.network, **_network_arguments(params.model, index)},
+        "network": {
+            "name": params.model.network,
+            **_network_arguments(params.model, index),
+            **_context_channels(context, index),
+        },
+        **context,
         "schedule": params.schedule.model_dump(),
         "parameterization": params.model.parameterization,
         "classes": list(index.classes),
@@ -92,7 +113,37 @@ def has_learned_variance(spec: dict[str, Any]) -> bool:
     return bool(spec["network"].get("learned_variance", False))
 
 
-def build_network(spec: dict[str, Any], *, seed: int = 0) -> DenoisingNetwork:
+def _context_spec(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+    """`context` of model.json; a model without one has no such key."""
+    match params.context:
+        case "none":
+            return {}
+        case "colour" if index.channels != 3:
+            raise UserError("params.yaml: model.context is colour, but the images are grey: use images with colour")
+        case "super_resolution" if index.image_size % params.context_factor:
+            raise UserError(
+                f"params.yaml: model.context_factor is {params.context_factor}, which does not divide the images' "
+                f"{index.image_size} px: use one that does, or another shard.image_size"
+            )
+        case "super_resolution":
+            return {"context": {"name": params.context, "factor": params.context_factor}}
+    return {"context": {"name": params.context}}
+
+
+def _context_channels(context: dict[str, Any], index: ShardIndex) -> dict[str, int]:
+    maker = build_context(context)
+    return {} if maker is None else {"context_channels": maker.num_channels(index.channels)}
+
+
+def build_context(spec: dict[str, Any]) -> ContextMaker | None:
+    """What makes the contexts of a model spec; None where it has none."""
+    if "context" not in spec:
+        return None
+    arguments = dict(spec["context"])
+    return CONTEXTS[arguments.pop("name")](**arguments)
+
+
+def build_network(spec: dict[str, Any], *, seed: int = 0) -> nn.Module:
     """The network of a model spec, initialised from `seed` alone.
 
     Raises:
@@ -104,10 +155,23 @@ def build_network(spec: dict[str, Any], *, seed: int = 0) -> DenoisingNetwork:
         raise UserError(f"model.json: network {name!r} is unknown; known: {', '.join(NETWORKS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return NETWORKS[name](**arguments)
+        if "context" not in spec:
+            return NETWORKS[name](**arguments)
+        if num_classes := arguments.pop("num_classes"):  # beside a context, labels are one of several conditions
+            width = arguments.get("width") or 4 * arguments["base_channels"]  # of the embedding
+            embedding = ClassEmbedding(num_classes, width)
+            arguments["embedder"] = Conditions({LABEL: embedding})
+        return ContextConcat(NETWORKS[name](**arguments))
 
 
-def place_network(network: DenoisingNetwork, device: torch.device, channels_last: bool | None) -> DenoisingNetwork:
+def inner_network(network: nn.Module) -> DenoisingNetwork:
+    """The denoiser itself, without what gives it a context."""
+    inner = network.network if isinstance(network, ContextConcat) else network
+    assert isinstance(inner, DenoisingNetwork)
+    return inner
+
+
+def place_network(network: nn.Module, device: torch.device, channels_last: bool | None) -> nn.Module:
     """Move a network to its device, convolutions' weights with the channels last in memory if asked for; None: on CUDA,
     whose tensor cores want them so. Without effect on a network without convolutions."""
     network.to(device)
@@ -181,9 +245,16 @@ def build_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def build_sampler(
-    params: SampleParams, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule
+    params: SampleParams,
+    spec: dict[str, Any],
+    network: nn.Module,
+    schedule: NoiseSchedule,
+    images: ShardIndex | None = None,
 ) -> ImageSampler:
     """Seeds -> images, with the sampler, steps and guidance that params ask for.
+
+    Args:
+        images: real ones, for the contexts of a model that has one; without them the sampler's `method` alone works.
 
     Raises:
         UserError: guidance is asked for a model without classes.
@@ -193,6 +264,8 @@ def build_sampler(
     if params.guidance != 1:
         if not num_classes:
             raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has no classes: use 1")
+        if "context" in spec:
+            raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has a context: use 1")
         denoiser = ClassifierFreeGuidance(network, params.guidance, null_label=num_classes)
     common = {
         "parameterization": spec["parameterization"],
@@ -212,4 +285,6 @@ def build_sampler(
         case "heun":
             method = partial(ddpm_core.sample_heun, denoiser, schedule, **common)
     shape = (spec["network"]["channels"], *2 * [spec["network"]["image_size"]])
-    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape)
+    maker = build_context(spec)
+    contexts = None if maker is None or images is None else RealContexts(maker, images, params.seed)
+    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape, contexts=contexts)

@@ -36,7 +36,7 @@ class DataParams(Section):
 
 
 class FetchParams(Section):
-    source: Literal["digits", "idx"]
+    source: Literal["digits", "idx", "photo_tiles"]
     idx_dir: str | None
 
     @model_validator(mode="after")
@@ -91,6 +91,8 @@ class ModelParams(Section):
     num_heads: Positive | Literal["auto"]
     qk_norm: bool
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    context: Literal["none", "inpaint", "super_resolution", "colour"]
+    context_factor: Annotated[int, Field(ge=2)]
 
 
 class TrainParams(Section):

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddpm_core import NoiseSchedule
-from pipeline.build import build_network, build_sampler, build_schedule
+from pipeline.build import build_context, build_network, build_sampler, build_schedule
 from pipeline.config import SampleParams
-from pipeline.data.pixels import to_uint8
+from pipeline.data.pixels import to_uint8, to_unit_range
 from pipeline.engine.checkpoint import load_model_spec, load_weights
+from pipeline.engine.context import Context, to_condition
 from pipeline.errors import UserError
 from pipeline.runtime.registry import fetch_model, is_model_uri
 from pipeline.runtime.rng import Stream, draw_normal
@@ -41,6 +44,8 @@ class TrainedModel:
         sampler: Literal["ddim", "ddpm", "dpm_solver", "heun"] = "ddim",
         steps: int = 25,
         guidance: float = 1.0,
+        context: Tensor | NDArray[np.uint8] | None = None,
+        mask: Tensor | NDArray[np.bool_] | None = None,
     ) -> Tensor:
         """Draw images. Image i depends on (seed, i) and its label alone, not on how many are drawn with it.
 
@@ -50,6 +55,9 @@ class TrainedModel:
             num_images: how many without labels; labels say it themselves.
             seed: in [0, 2**32).
             sampler, steps, guidance: as in params.yaml.
+            context: for a model with a context, and only for one, uint8 (n, c, h, w): small images to enlarge, grey
+                ones (c of 1) to colour, or ones to paint into. They say how many images there are.
+            mask: for painting, bool (n, 1, h, w): true where pixels are missing; the others come back as they are.
 
         Returns:
             (n, c, h, w) uint8 on the model's device.
@@ -63,14 +71,40 @@ class TrainedModel:
         )  # fmt: skip
         draw = build_sampler(params, self.spec, self.network, self.schedule)
         device = self.schedule.betas.device
-        numbers = None if labels is None else [self._number(label) for label in labels]
-        condition = torch.tensor(numbers, device=device) if numbers and self.classes else None
-        places = torch.arange(num_images if numbers is None else len(numbers), device=device)
+        named = None if labels is None else [self._number(label) for label in labels]
+        numbers = torch.tensor(named, device=device) if named and self.classes else None
+        given = self._context(context, mask, draw.shape, device)
+        count = num_images if labels is None else len(labels)
+        if given is not None:
+            if numbers is not None and len(numbers) != len(given.channels):
+                raise UserError(f"{len(numbers)} labels for {len(given.channels)} images in context: one an image")
+            count = len(given.channels)
+        places = torch.arange(count, device=device)
 
         def noise(k: int) -> Tensor:
             return draw_normal(seed, Stream.SAMPLE, places, draw.shape, draw=k)
 
-        return to_uint8(draw.method(noise(0), noise, condition=condition))
+        images = draw.method(noise(0), noise, condition=to_condition(numbers, given))
+        return to_uint8(images if given is None else given.complete(images))
+
+    def _context(
+        self,
+        images: Tensor | NDArray[np.uint8] | None,
+        mask: Tensor | NDArray[np.bool_] | None,
+        shape: tuple[int, ...],
+        device: torch.device,
+    ) -> Context | None:
+        maker = build_context(self.spec)
+        if maker is None:
+            if images is not None or mask is not None:
+                raise UserError("context or mask is given, but this model was trained without a context")
+            return None
+        given = None if images is None else torch.as_tensor(images, device=device)
+        if given is None or given.dtype != torch.uint8 or given.ndim != 4:
+            found = "none" if given is None else f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
+            raise UserError(f"context is {found}, but this model needs uint8 images (n, c, h, w)")
+        missing = None if mask is None else torch.as_tensor(mask, device=device).bool()
+        return maker.from_user(to_unit_range(given), missing, shape)
 
     def _number(self, label: int | str | None) -> int:
         if label is None:

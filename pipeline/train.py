@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpm_core import EMA, DenoisingNetwork, count_cost, p_losses
+from ddpm_core import EMA, count_cost, p_losses
 from pipeline import paths
 from pipeline.build import (
+    build_context,
     build_learning_rate,
     build_network,
     build_optimizer,
@@ -27,6 +28,7 @@ from pipeline.build import (
     build_schedule,
     build_timestep_sampling,
     has_learned_variance,
+    inner_network,
     make_model_spec,
     place_network,
 )
@@ -34,8 +36,8 @@ from pipeline.config import Params, SampleParams, load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.loader import iterate_batches
 from pipeline.data.order import Order
-from pipeline.data.pixels import make_grid
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
+from pipeline.engine.generate import GRID_ROWS
 from pipeline.engine.loop import LoopPlan, Observers, train
 from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
@@ -135,7 +137,7 @@ def make_step(
         raise UserError(f"params.yaml: train.batch_size is {config.batch_size}, less than {topology.world_size} ranks")
     device = topology.device
     network = place_network(build_network(spec, seed=config.seed), device, machine.channels_last)
-    network.activation_checkpointing = machine.activation_checkpointing
+    inner_network(network).activation_checkpointing = machine.activation_checkpointing
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
     average = EMA(network, config.ema_half_life_images)
     state = TrainState(network, average, build_optimizer(config, network), sums=sums)
@@ -160,14 +162,15 @@ def make_step(
         ),
         timesteps=build_timestep_sampling(config),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
+        context=build_context(spec),
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
 
 
 def report_cost(network: nn.Module, spec: dict[str, Any], tracker: Tracker) -> None:
     """Say how large the network is and what an image costs it."""
-    assert isinstance(network, DenoisingNetwork)
-    cost = count_cost(network, network.input_shape)
+    inner = inner_network(network)
+    cost = count_cost(inner, inner.input_shape)
     gflop = cost.flop_per_image / 1e9
     tracker.log_params({"model.parameters": cost.parameters, "model.gflop_per_image": round(gflop, 6)})
     log.info("train: %s, %s parameters, %.3g GFLOP an image forward",
@@ -206,12 +209,11 @@ def run_loop(
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
-    sampler = build_sampler(quick, spec, state.ema.network, step.schedule)
-    columns = min(10, len(spec["labels"]) or 10)
+    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, index)
 
     def preview(images_seen: int) -> None:
-        pixels = sampler(torch.arange(PREVIEW.num_samples, device=topology.device))
-        tracker.log_image("samples", make_grid(pixels.cpu().numpy(), columns), images_seen)
+        pixels = sampler(torch.arange(GRID_ROWS * sampler.columns, device=topology.device))
+        tracker.log_image("samples", sampler.picture(pixels.cpu().numpy()), images_seen)
 
     plan = LoopPlan(
         total_images=steps.stop * config.batch_size,

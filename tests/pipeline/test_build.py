@@ -9,6 +9,7 @@ import torch
 
 import ddpm_core
 from pipeline.build import (
+    build_context,
     build_learning_rate,
     build_network,
     build_precision,
@@ -19,6 +20,7 @@ from pipeline.build import (
     place_network,
 )
 from pipeline.config import Params, load_params
+from pipeline.engine.context import Colour, Inpaint, SuperResolution
 from pipeline.errors import UserError
 
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
@@ -171,3 +173,48 @@ def test_channels_last_is_for_those_who_ask_or_have_cuda(asked: bool | None, las
     weight = placed.get_submodule("down.0.block.conv_in").weight
     assert weight.is_contiguous(memory_format=torch.channels_last) == last
     assert weight.is_contiguous() != last
+
+
+def test_without_a_context_the_model_is_described_as_before() -> None:
+    spec = make_model_spec(PARAMS, index())
+    assert set(spec) == {"network", "schedule", "parameterization", "classes", "labels"}
+    assert "context_channels" not in spec["network"]
+    assert build_context(spec) is None
+    assert isinstance(build_network(spec), ddpm_core.UNet)
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [("inpaint", (Inpaint(), 4)), ("super_resolution", (SuperResolution(4), 3)), ("colour", (Colour(), 1))],
+)
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_context_reaches_maker_and_network(context: str, expected: tuple, classes: int) -> None:
+    images = index(classes=classes)
+    images.channels = 3
+    spec = make_model_spec(changed("model", context=context, base_channels=8), images)
+    assert (build_context(spec), spec["network"]["context_channels"]) == expected
+    network = build_network(spec).eval()
+    told = {"context": torch.zeros(2, expected[1], 8, 8)}
+    if classes:
+        told["label"] = torch.tensor([0, 3])
+    assert network(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), told).shape == (2, 3, 8, 8)
+    assert any("embedders.label" in name for name, _ in network.named_parameters()) == bool(classes)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"context": "colour"}, "model.context is colour, but the images are grey"),
+        ({"context": "super_resolution", "context_factor": 3}, "context_factor is 3, which does not divide"),
+    ],
+)
+def test_a_context_that_the_images_do_not_allow_is_refused(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_model_spec(changed("model", **values), index())
+
+
+def test_guidance_beside_a_context_is_refused() -> None:
+    spec = make_model_spec(changed("model", context="inpaint", base_channels=8), index())
+    sample = PARAMS.sample.model_copy(update={"guidance": 2.0})
+    with pytest.raises(UserError, match="the model has a context"):
+        build_sampler(sample, spec, build_network(spec), build_schedule(spec))

@@ -31,6 +31,8 @@ def test_the_shipped_params_are_valid() -> None:
         ("timestep_sampling: uniform", "timestep_sampling: loss-aware", ["train.timestep_sampling", "'stratified'"]),
         ("network: unet", "network: vit", ["model.network", "'unet' or 'dit'", "'vit'"]),
         ("num_heads: auto", "num_heads: 0", ["model.num_heads", "'auto'"]),
+        ("context: none", "context: outpaint", ["model.context", "'inpaint'", "'outpaint'"]),
+        ("context_factor: 4", "context_factor: 1", ["model.context_factor", "greater than or equal to 2"]),
         ("data:", "data: [", ["line", "not valid YAML"]),
     ],
 )
