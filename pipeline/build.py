@@ -12,15 +12,31 @@ import torch
 from torch import Tensor, nn
 
 import ddpm_core
-from ddpm_core import ClassifierFreeGuidance, NoiseSchedule, UNet
+from ddpm_core import (
+    ClassEmbedding,
+    ClassifierFreeGuidance,
+    Conditions,
+    ContextConcat,
+    DenoisingNetwork,
+    DiT,
+    NoiseSchedule,
+    UNet,
+)
+from ddpm_core.nn.attention import count_heads
 from pipeline.config import ModelParams, OptimizerParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
 from pipeline.data.pixels import pixels_to_x0
+from pipeline.engine.context import LABEL, Colour, ContextMaker, Inpaint, RealContexts, SuperResolution
 from pipeline.engine.generate import ImageSampler
 from pipeline.engine.latents import FirstStage, make_latents
 from pipeline.errors import UserError
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
+NETWORKS: dict[str, Callable[..., DenoisingNetwork]] = {"unet": UNet, "dit": DiT}
+CONTEXTS: dict[str, Callable[..., ContextMaker]] = {
+    "inpaint": Inpaint,
+    "super_resolution": SuperResolution,
+    "colour": Colour,
+}
 _MULTIPLIERS = {8: [1, 2], 16: [1, 2, 2], 32: [1, 2, 2, 2], 64: [1, 2, 3, 4]}
 
 
@@ -32,8 +48,14 @@ def make_model_spec(params: Params, index: ShardIndex, first_stage: dict[str, An
         index: what the model is trained on.
         first_stage: what the latents say of where they come from; None for a model of pixels.
     """
-    spec: dict[str, Any] = {
-        "network": {"name": "unet", **_network_arguments(params.model, index)},
+    context = _context_spec(params.model, index)
+    spec = {
+        "network": {
+            "name": params.model.network,
+            **_network_arguments(params.model, index),
+            **_context_channels(context, index),
+        },
+        **context,
         "schedule": params.schedule.model_dump(),
         "parameterization": params.model.parameterization,
         "classes": list(index.classes),
@@ -46,6 +68,39 @@ def make_model_spec(params: Params, index: ShardIndex, first_stage: dict[str, An
 
 
 def _network_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+    match params.network:
+        case "unet":
+            inside = _unet_arguments(params, index)
+        case "dit":
+            inside = _dit_arguments(params, index)
+    return {
+        "image_size": index.image_size,
+        "channels": index.channels,
+        "num_classes": index.num_classes,
+        **inside,
+        "dropout": params.dropout,
+        "learned_variance": params.learned_variance,
+        "qk_norm": params.qk_norm,
+    }
+
+
+def _dit_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+    if index.image_size % params.patch_size:
+        raise UserError(
+            f"params.yaml: model.patch_size is {params.patch_size}, which does not divide images of {index.image_size} "
+            "px: use another, or another shard.image_size"
+        )
+    width = 4 * params.base_channels  # the size of the embedding, in both networks
+    num_heads = count_heads(width) if params.num_heads == "auto" else params.num_heads
+    if width % num_heads:
+        raise UserError(
+            f"params.yaml: model.num_heads is {num_heads}, which does not divide a width of {width}, four times "
+            "model.base_channels: use auto"
+        )
+    return {"patch_size": params.patch_size, "width": width, "depth": params.depth, "num_heads": num_heads}
+
+
+def _unet_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
     multipliers = params.channel_multipliers
     if multipliers == "auto":
         nearest = max((size for size in _MULTIPLIERS if size <= index.image_size), default=8)
@@ -58,15 +113,46 @@ def _network_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]
             f"px can't be halved {len(multipliers) - 1} times: use fewer, or another shard.image_size"
         )
     return {
-        "image_size": index.image_size,
-        "channels": index.channels,
-        "num_classes": index.num_classes,
         "base_channels": params.base_channels,
         "channel_multipliers": multipliers,
         "num_blocks": params.num_blocks,
         "attention_resolutions": params.attention_resolutions,
-        "dropout": params.dropout,
     }
+
+
+def has_learned_variance(spec: dict[str, Any]) -> bool:
+    """Whether the network also gives the variance; a model.json older than that option does not say so."""
+    return bool(spec["network"].get("learned_variance", False))
+
+
+def _context_spec(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+    """`context` of model.json; a model without one has no such key."""
+    match params.context:
+        case "none":
+            return {}
+        case "colour" if index.channels != 3:
+            raise UserError("params.yaml: model.context is colour, but the images are grey: use images with colour")
+        case "super_resolution" if index.image_size % params.context_factor:
+            raise UserError(
+                f"params.yaml: model.context_factor is {params.context_factor}, which does not divide the images' "
+                f"{index.image_size} px: use one that does, or another shard.image_size"
+            )
+        case "super_resolution":
+            return {"context": {"name": params.context, "factor": params.context_factor}}
+    return {"context": {"name": params.context}}
+
+
+def _context_channels(context: dict[str, Any], index: ShardIndex) -> dict[str, int]:
+    maker = build_context(context)
+    return {} if maker is None else {"context_channels": maker.num_channels(index.channels)}
+
+
+def build_context(spec: dict[str, Any]) -> ContextMaker | None:
+    """What makes the contexts of a model spec; None where it has none."""
+    if "context" not in spec:
+        return None
+    arguments = dict(spec["context"])
+    return CONTEXTS[arguments.pop("name")](**arguments)
 
 
 def build_network(spec: dict[str, Any], *, seed: int = 0) -> nn.Module:
@@ -81,7 +167,29 @@ def build_network(spec: dict[str, Any], *, seed: int = 0) -> nn.Module:
         raise UserError(f"model.json: network {name!r} is unknown; known: {', '.join(NETWORKS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return NETWORKS[name](**arguments)
+        if "context" not in spec:
+            return NETWORKS[name](**arguments)
+        if num_classes := arguments.pop("num_classes"):  # beside a context, labels are one of several conditions
+            width = arguments.get("width") or 4 * arguments["base_channels"]  # of the embedding
+            embedding = ClassEmbedding(num_classes, width)
+            arguments["embedder"] = Conditions({LABEL: embedding})
+        return ContextConcat(NETWORKS[name](**arguments))
+
+
+def inner_network(network: nn.Module) -> DenoisingNetwork:
+    """The denoiser itself, without what gives it a context."""
+    inner = network.network if isinstance(network, ContextConcat) else network
+    assert isinstance(inner, DenoisingNetwork)
+    return inner
+
+
+def place_network(network: nn.Module, device: torch.device, channels_last: bool | None) -> nn.Module:
+    """Move a network to its device, convolutions' weights with the channels last in memory if asked for; None: on CUDA,
+    whose tensor cores want them so. Without effect on a network without convolutions."""
+    network.to(device)
+    if channels_last if channels_last is not None else device.type == "cuda":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def build_schedule(spec: dict[str, Any]) -> NoiseSchedule:
@@ -162,11 +270,14 @@ def build_sampler(
     spec: dict[str, Any],
     network: nn.Module,
     schedule: NoiseSchedule,
+    images: ShardIndex | None = None,
     first_stage: FirstStage | None = None,
 ) -> ImageSampler:
     """Seeds -> images, with the sampler, steps and guidance that params ask for.
 
-    Latents are nowhere clipped; the first stage decodes them at the end.
+    Args:
+        images: real ones, for the contexts of a model that has one; without them the sampler's `method` alone works.
+        first_stage: of a model of latents. They are nowhere clipped, and decoded at the end.
 
     Raises:
         UserError: guidance is asked for a model without classes, or dynamic thresholding for one of latents.
@@ -181,9 +292,12 @@ def build_sampler(
     if params.guidance != 1:
         if not num_classes:
             raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has no classes: use 1")
+        if "context" in spec:
+            raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has a context: use 1")
         denoiser = ClassifierFreeGuidance(network, params.guidance, null_label=num_classes)
     common = {
         "parameterization": spec["parameterization"],
+        "learned_variance": has_learned_variance(spec),
         "num_steps": params.steps,
         "spacing": params.spacing,
         "clip_denoised": first_stage is None,
@@ -200,5 +314,7 @@ def build_sampler(
         case "heun":
             method = partial(ddpm_core.sample_heun, denoiser, schedule, **common)
     shape = (spec["network"]["channels"], *2 * [spec["network"]["image_size"]])
+    maker = build_context(spec)
+    contexts = None if maker is None or images is None else RealContexts(maker, images, params.seed)
     decode = None if first_stage is None else first_stage.decode
-    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape, decode=decode)
+    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape, contexts=contexts, decode=decode)

@@ -36,13 +36,13 @@ class DataParams(Section):
 
 
 class FetchParams(Section):
-    source: Literal["digits", "idx", "auto"]
+    source: Literal["digits", "idx", "photo_tiles", "auto"]
     idx_dir: str | None
     max_images: Positive | None = None
 
     @model_validator(mode="after")
     def _idx_needs_a_folder(self) -> FetchParams:
-        if self.source != "digits" and self.idx_dir is None:
+        if self.source in ("idx", "auto") and self.idx_dir is None:
             raise ValueError(f"source is {self.source}, so idx_dir must name the folder with the *-ubyte files")
         return self
 
@@ -80,12 +80,20 @@ class ScheduleParams(Section):
 
 
 class ModelParams(Section):
+    network: Literal["unet", "dit"]
     parameterization: Literal["eps", "x0", "v"]
+    learned_variance: bool
     base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
     channel_multipliers: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"]
     num_blocks: Positive
     attention_resolutions: list[Positive]
+    patch_size: Positive
+    depth: Positive
+    num_heads: Positive | Literal["auto"]
+    qk_norm: bool
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    context: Literal["none", "inpaint", "super_resolution", "colour"]
+    context_factor: Annotated[int, Field(ge=2)]
 
 
 class OptimizerParams(Section):
@@ -127,7 +135,7 @@ class SampleParams(Section):
     num_samples: Annotated[int, Field(ge=2)]
     sampler: Literal["ddim", "ddpm", "dpm_solver", "heun"]
     steps: Positive
-    spacing: Literal["trailing", "leading", "linspace", "quad"]
+    spacing: Literal["trailing", "leading", "linspace", "quad", "logsnr"]
     eta: Share
     guidance: float
     dynamic_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None
@@ -194,6 +202,10 @@ class Params(Section):
                              "use autoencoder.horizontal_flip")  # fmt: skip
         if self.encode is not None and self.sample.dynamic_threshold is not None:
             raise ValueError("sample.dynamic_threshold is for pixels: latents have no [-1, 1] to return to; set null")
+        if self.encode is not None and self.model.context != "none":
+            raise ValueError(
+                f"model.context is {self.model.context}, which is made of pixels, not of latents: use none"
+            )
         return self
 
     @model_validator(mode="after")
@@ -202,6 +214,15 @@ class Params(Section):
             raise ValueError(
                 "schedule.zero_terminal_snr is true, so model.parameterization must be v or x0: at the last step eps "
                 "says nothing of the image"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_bound_for_one_variance(self) -> Params:
+        if self.model.learned_variance and self.train.original_elbo_weight != 0.0:
+            raise ValueError(
+                f"train.original_elbo_weight is {self.train.original_elbo_weight}, the weight of a fixed variance's "
+                "bound, so it must be 0 where model.learned_variance is true"
             )
         return self
 

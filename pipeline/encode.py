@@ -21,9 +21,8 @@ from ddpm_core.frechet import Moments
 from pipeline import paths
 from pipeline.config import load_params
 from pipeline.data.index import ShardIndex, load_index
-from pipeline.data.meta import read_meta
 from pipeline.data.pixels import make_grid
-from pipeline.data.store import ShardStore
+from pipeline.data.store import ShardStore, read_meta
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.features import load_extractor
 from pipeline.engine.generate import generate_blocks, read_blocks

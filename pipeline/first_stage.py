@@ -148,10 +148,3 @@ def load_first_stage(spec: dict[str, Any], weights: Path, device: torch.device |
     network = build_autoencoder(first_stage)
     load_weights(weights.parent, network, weights.name)
     return FirstStage(network.to(device), first_stage["scale"])
-
-
-def image_form(spec: dict[str, Any]) -> tuple[int, int]:
-    """Channels and size in pixels of the images that a model draws."""
-    if "first_stage" in spec:
-        return spec["first_stage"]["network"]["channels"], spec["first_stage"]["image_size"]
-    return spec["network"]["channels"], spec["network"]["image_size"]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ddpm_core import EMA, p_losses
+from ddpm_core import EMA, count_cost, p_losses
 from pipeline import paths
 from pipeline.build import (
+    build_context,
     build_learning_rate,
     build_network,
     build_optimizer,
@@ -22,14 +24,17 @@ from pipeline.build import (
     build_schedule,
     build_timestep_sampling,
     build_x0,
+    has_learned_variance,
+    inner_network,
     make_model_spec,
+    place_network,
 )
 from pipeline.config import Params, SampleParams, load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.loader import iterate_batches
 from pipeline.data.order import Order
-from pipeline.data.pixels import make_grid
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
+from pipeline.engine.generate import GRID_ROWS
 from pipeline.engine.loop import LoopPlan, Observers, save_curve, train
 from pipeline.engine.runs import describe_run
 from pipeline.engine.state import NUM_SUMS, TrainState
@@ -67,6 +72,8 @@ def main() -> None:
             open_run(params, machine, topology, index, lineage) as tracker,
         ):
             step = make_step(params, machine, topology, spec, dtype)
+            if topology.is_main:
+                report_cost(step.state.network, spec, tracker)
             checkpoints.resume(step.state, topology, step.plan.section)
             run_loop(step, params, machine, topology, index, spec, checkpoints, tracker, stop)
             if topology.is_main:
@@ -119,9 +126,8 @@ def make_step(
     if config.batch_size < topology.world_size:
         raise UserError(f"params.yaml: train.batch_size is {config.batch_size}, less than {topology.world_size} ranks")
     device = topology.device
-    network = build_network(spec, seed=config.seed).to(device)
-    if device.type == "cuda":
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = place_network(build_network(spec, seed=config.seed), device, machine.channels_last)
+    inner_network(network).activation_checkpointing = machine.activation_checkpointing
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
     average = EMA(network, config.ema_half_life_images)
     state = TrainState(network, average, build_optimizer(config, network), sums=sums)
@@ -138,6 +144,7 @@ def make_step(
         loss=partial(
             p_losses,
             parameterization=spec["parameterization"],
+            learned_variance=has_learned_variance(spec),
             loss_type=config.loss_type,
             l_simple_weight=config.l_simple_weight,
             original_elbo_weight=config.original_elbo_weight,
@@ -146,8 +153,19 @@ def make_step(
         timesteps=build_timestep_sampling(config),
         to_x0=build_x0(spec, config.seed),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
+        context=build_context(spec),
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
+
+
+def report_cost(network: nn.Module, spec: dict[str, Any], tracker: Tracker) -> None:
+    """Say how large the network is and what an image costs it."""
+    inner = inner_network(network)
+    cost = count_cost(inner, inner.input_shape)
+    gflop = cost.flop_per_image / 1e9
+    tracker.log_params({"model.parameters": cost.parameters, "model.gflop_per_image": round(gflop, 6)})
+    log.info("train: %s, %s parameters, %.3g GFLOP an image forward",
+             spec["network"]["name"], f"{cost.parameters:,}", gflop)  # fmt: skip
 
 
 def run_loop(
@@ -172,12 +190,11 @@ def run_loop(
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
     first_stage = load_first_stage(spec, paths.FIRST_STAGE / WEIGHTS, topology.device)
-    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, first_stage)
-    columns = min(10, len(spec["labels"]) or 10)
+    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, index, first_stage)
 
     def preview(images_seen: int) -> None:
-        pixels = sampler(torch.arange(PREVIEW.num_samples, device=topology.device))
-        tracker.log_image("samples", make_grid(pixels.cpu().numpy(), columns), images_seen)
+        pixels = sampler(torch.arange(GRID_ROWS * sampler.columns, device=topology.device))
+        tracker.log_image("samples", sampler.picture(pixels.cpu().numpy()), images_seen)
 
     plan = LoopPlan(
         total_images=steps.stop * config.batch_size,

@@ -9,7 +9,7 @@ from ddpm_core.conditioning import Condition
 from ddpm_core.guidance import Denoiser
 from ddpm_core.samplers.grid import Step, make_grid
 from ddpm_core.schedules import NoiseSchedule
-from ddpm_core.targets import refuse_eps_without_signal, x0_from_output
+from ddpm_core.targets import refuse_eps_without_signal, split_output, x0_from_output
 
 
 class Chain:
@@ -18,8 +18,8 @@ class Chain:
     Every method moves by x0 and x_t alone: eps is what is left of x_t, so it agrees with x0 also after clipping.
 
     Args:
-        denoiser, schedule, condition, parameterization, num_steps, spacing, clip_denoised, dynamic_threshold: as in
-            `sample_ddpm`.
+        denoiser, schedule, condition, parameterization, learned_variance, num_steps, spacing, clip_denoised,
+            dynamic_threshold: as in `sample_ddpm`.
         x_noisy: (b, ...); its device, dtype and length are those of the run.
 
     Raises:
@@ -35,6 +35,7 @@ class Chain:
         *,
         condition: Condition = None,
         parameterization: str = "eps",
+        learned_variance: bool = False,
         num_steps: int | None = None,
         spacing: str = "trailing",
         clip_denoised: bool = False,
@@ -45,21 +46,38 @@ class Chain:
             raise ValueError(f"dynamic_threshold is {dynamic_threshold}, expected a share in (0, 1] or None")
         self.steps = make_grid(schedule, schedule.num_timesteps if num_steps is None else num_steps, spacing)
         self._denoiser, self._condition = denoiser, condition
-        self._clip, self._threshold = clip_denoised, dynamic_threshold
+        self._learned_variance, self._clip, self._threshold = learned_variance, clip_denoised, dynamic_threshold
         self._weights = _make_weights(parameterization, self.steps)
         t = torch.tensor([step.t for step in self.steps], device=x_noisy.device)
         self._t = t[:, None].expand(-1, len(x_noisy)).unbind()
 
     def predict_x0(self, k: int, x_t: Tensor) -> Tensor:
         """One call of the network at the k-th step, k = 1..S: (b, ...) -> x0 of that shape, in memory of its own."""
-        output = self._denoiser(x_t, self._t[k - 1], self._condition).to(x_t.dtype)
+        return self.predict(k, x_t)[0]
+
+    def predict(self, k: int, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`predict_x0`, and what the network says of the variance: v as `learned_log_variance` takes it, or None.
+
+        Raises:
+            ValueError: the output has another shape than promised.
+        """
+        output, v = self._denoiser(x_t, self._t[k - 1], self._condition).to(x_t.dtype), None
+        if self._learned_variance:
+            output, v = split_output(output, x_t)
+        elif output.shape != x_t.shape:
+            raise ValueError(
+                f"output has shape {tuple(output.shape)}, expected {tuple(x_t.shape)}; a network with a learned "
+                "variance needs learned_variance=True"
+            )
         of_output, of_x = self._weights[k - 1]
         x0 = output * of_output
         if of_x != 0:
             x0.add_(x_t, alpha=of_x)
         if self._threshold is not None:
-            return threshold_(x0, self._threshold)
-        return x0.clamp_(-1, 1) if self._clip else x0
+            threshold_(x0, self._threshold)
+        elif self._clip:
+            x0.clamp_(-1, 1)
+        return x0, v
 
 
 def move(step: Step, x0: Tensor, x_t: Tensor, eps_weight: float, *, out: Tensor | None = None) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -141,6 +143,24 @@ class ShardStore:
             f"{self._path(shard)}: sample {number:08d} is damaged (its crc32 differs from the index); delete the "
             "folder and fetch it again (`dvc checkout`) or rebuild it (`dvc repro --force shard`), and check the disk"
         )
+
+
+def read_meta(index: ShardIndex) -> list[dict[str, Any]]:
+    """What the record of each sample says of it, `KEY.json`, in the order of the samples.
+
+    Raises:
+        UserError: a tar can't be read.
+    """
+    found: list[dict[str, Any]] = []
+    for shard in index.shards:
+        path = index.folder / shard.name
+        try:
+            with tarfile.open(path, "r:") as tar:
+                records = (tar.extractfile(member) for member in tar if member.name.endswith(".json"))
+                found += [json.load(record) for record in records if record is not None]
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); fetch the folder again or rebuild it") from None
+    return found
 
 
 def _by_shard(ids: NDArray[np.integer[Any]], rows: NDArray[np.void]) -> Iterator[tuple[int, int, Row]]:

@@ -144,6 +144,13 @@ def load_model_spec(folder: Path, *, stage: str = "train") -> dict[str, Any]:
     return spec
 
 
+def image_form(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """Channels and size in pixels of the images that a model draws."""
+    if "first_stage" in spec:
+        return spec["first_stage"]["network"]["channels"], spec["first_stage"]["image_size"]
+    return spec["network"]["channels"], spec["network"]["image_size"]
+
+
 def load_weights(folder: Path, network: nn.Module, name: str = "weights.safetensors") -> None:
     """Put the weights of a model folder into a network of the same shape."""
     network.load_state_dict(load_file(folder / name))

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_core import DiffusionLoss, NoiseSchedule, drop_labels, uniform_timesteps
+from ddpm_core import Condition, DiffusionLoss, NoiseSchedule, drop_labels, uniform_timesteps
 from pipeline.data.loader import Batch
 from pipeline.data.pixels import pixels_to_x0
+from pipeline.engine.context import ContextMaker, to_condition, training_context
 from pipeline.engine.state import QUARTILES, TrainState
 from pipeline.runtime.rng import Stream, draw_integer, draw_normal, draw_uniform
 from pipeline.runtime.topology import Topology
@@ -67,6 +68,7 @@ class StepPlan(OptimizerPlan):
     loss: Callable[..., DiffusionLoss]
     timesteps: Callable[[Tensor, Tensor, int], Tensor] = sample_uniformly
     to_x0: Callable[[Tensor, Tensor], Tensor] = pixels_to_x0
+    context: ContextMaker | None = None
 
 
 class OptimizerStep:
@@ -137,7 +139,7 @@ class TrainStep(OptimizerStep):
         self.state.sums[:3] += sums.detach()
         self.state.sums[4:] += sum_quarters(parts.loss.detach(), t, self.schedule.num_timesteps)
 
-    def _draw(self, x0: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _draw(self, x0: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Condition]:
         """Everything random about a batch, keyed by each image's place in the global order."""
         plan = self.plan
         u = draw_uniform(plan.seed, Stream.TIMESTEP, places)
@@ -146,10 +148,11 @@ class TrainStep(OptimizerStep):
         if plan.horizontal_flip:
             mirror = draw_uniform(plan.seed, Stream.FLIP, places) < 0.5
             x0 = torch.where(mirror[:, None, None, None], x0.flip(-1), x0)
+        context = None if plan.context is None else training_context(plan.context, x0, plan.seed, places)
         if plan.null_label is None:
-            return x0, t, noise, None
+            return x0, t, noise, to_condition(None, context)
         drop = draw_uniform(plan.seed, Stream.LABEL_DROPOUT, places) < plan.label_dropout
-        return x0, t, noise, drop_labels(labels, drop, plan.null_label)
+        return x0, t, noise, to_condition(drop_labels(labels, drop, plan.null_label), context)
 
 
 def sum_quarters(loss: Tensor, t: Tensor, num_timesteps: int) -> Tensor:

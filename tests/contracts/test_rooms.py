@@ -39,7 +39,7 @@ def importers(prefix: str) -> set[str]:
     [
         ("torch.distributed", {"pipeline/runtime/topology.py"}),
         ("torch.nn.parallel", {"pipeline/runtime/topology.py"}),
-        ("mlflow", {"pipeline/runtime/sender.py"}),
+        ("mlflow", {"pipeline/runtime/sender.py", "pipeline/runtime/registry.py", "pipeline/serving.py"}),
         ("ruamel", {"pipeline/config.py"}),
         ("webdataset", {"pipeline/data/writer.py"}),
         ("sklearn", {"pipeline/engine/score.py", "pipeline/fetch.py"}),

@@ -13,11 +13,10 @@ import torch
 from pipeline.build import build_network, build_sampler, build_schedule, build_x0, make_model_spec
 from pipeline.config import Params, SampleParams, load_params, params_from
 from pipeline.data.index import load_index
-from pipeline.data.meta import read_meta
 from pipeline.data.pixels import pixels_to_x0
-from pipeline.data.store import ShardStore
+from pipeline.data.store import ShardStore, read_meta
 from pipeline.data.writer import Sample, write_shards
-from pipeline.engine.checkpoint import save_model
+from pipeline.engine.checkpoint import image_form, save_model
 from pipeline.engine.latents import FirstStage, interleave, make_latents, measure_scale
 from pipeline.engine.reconstruction import score_reconstructions
 from pipeline.engine.score import load_reconstruction_scores
@@ -28,7 +27,6 @@ from pipeline.first_stage import (
     WEIGHTS_IN_MODEL,
     build_autoencoder,
     build_discriminator,
-    image_form,
     load_first_stage,
     load_latents,
     load_trained,
@@ -134,7 +132,7 @@ def test_latents_are_never_clipped(tmp_path: Path, sampler: str) -> None:
             return super().decode(latents)
 
     network = GaussianWorld(schedule, mean=0.5, deviation=3.0).denoiser("v")
-    draw = build_sampler(params, spec, network, schedule, Spy(build_autoencoder(spec["first_stage"]), 0.5))
+    draw = build_sampler(params, spec, network, schedule, first_stage=Spy(build_autoencoder(spec["first_stage"]), 0.5))
     images = draw(torch.arange(40))
     assert (images.shape, images.dtype) == ((40, 1, 16, 16), torch.uint8)
     assert seen[0].shape == (40, 4, 4, 4)
@@ -155,12 +153,12 @@ def test_what_would_clip_or_mirror_latents_is_refused(tmp_path: Path) -> None:
     first_stage = load_first_stage(spec, tmp_path / WEIGHTS, "cpu")
     network, schedule = build_network(spec), build_schedule(spec)
     with pytest.raises(UserError, match="dynamic_threshold is for pixels"):
-        build_sampler(changed("sample", dynamic_threshold=0.9).sample, spec, network, schedule, first_stage)
+        build_sampler(changed("sample", dynamic_threshold=0.9).sample, spec, network, schedule, first_stage=first_stage)
     with pytest.raises(ValueError, match="needs its first stage"):
         build_sampler(PARAMS.sample, spec, network, schedule)
     pixels = make_model_spec(changed("model", base_channels=8), IMAGES)
     with pytest.raises(ValueError, match="of pixels takes none"):
-        build_sampler(PARAMS.sample, pixels, build_network(pixels), schedule, first_stage)
+        build_sampler(PARAMS.sample, pixels, build_network(pixels), schedule, first_stage=first_stage)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +166,7 @@ def test_what_would_clip_or_mirror_latents_is_refused(tmp_path: Path) -> None:
     [
         ("train", "horizontal_flip", True, "train.horizontal_flip is true"),
         ("sample", "dynamic_threshold", 0.9, "dynamic_threshold is for pixels"),
+        ("model", "context", "inpaint", "which is made of pixels"),
         ("autoencoder", "factor", 3, "autoencoder.factor"),
         ("autoencoder", "channel_multipliers", [1, 2], "the 3 entries that factor 4 needs"),
         ("autoencoder", "fator", 4, "known here: seed, total_images"),
@@ -241,7 +240,7 @@ def test_a_loaded_latent_model_draws_what_the_stage_would(tmp_path: Path) -> Non
     params = SampleParams(seed=0, num_samples=2, sampler="ddim", steps=3, spacing="trailing", eta=0.0, guidance=1.0,
                           dynamic_threshold=None)  # fmt: skip
     loaded = load_first_stage(spec, tmp_path / "one" / WEIGHTS, "cpu")
-    draw = build_sampler(params, spec, network.eval(), build_schedule(spec), loaded)
+    draw = build_sampler(params, spec, network.eval(), build_schedule(spec), first_stage=loaded)
     assert torch.equal(model.sample(["cat", "dog"], steps=3), draw(torch.arange(2)))
     assert image_form(spec) == (1, 16)
     assert load_first_stage({"network": {}}, tmp_path, "cpu") is None

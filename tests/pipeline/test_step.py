@@ -36,9 +36,10 @@ class Shift(nn.Module):
 def make_step(*, num_timesteps: int = 100, micro_batch: int = BATCH, **changes) -> tuple[TrainStep, Shift]:
     network = Shift()
     state = TrainState(network, EMA(network, 10), torch.optim.AdamW(network.parameters(), lr=0.0))
-    plan = StepPlan(seed=0, batch_size=BATCH, micro_batch=micro_batch, null_label=None, label_dropout=0.0,
-                    horizontal_flip=False, max_grad_norm=1.0, dtype=torch.float32, learning_rate=lambda images: 0.0,
-                    **{"loss": p_losses, **changes})  # fmt: skip
+    plan = StepPlan(seed=0, batch_size=BATCH, micro_batch=micro_batch, max_grad_norm=1.0, dtype=torch.float32,
+                    learning_rate=lambda images: 0.0,
+                    **{"loss": p_losses, "null_label": None, "label_dropout": 0.0, "horizontal_flip": False,
+                       **changes})  # fmt: skip
     schedule = register_schedule(beta_schedule="cosine", timesteps=num_timesteps)
     return TrainStep(plan, state, schedule, Topology(0, 1, 0, 1, torch.device("cpu"))), network
 
