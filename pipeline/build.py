@@ -25,10 +25,9 @@ from ddpm_core import (
 from ddpm_core.nn.attention import count_heads
 from pipeline.config import ModelParams, OptimizerParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
-from pipeline.data.pixels import pixels_to_x0
 from pipeline.engine.context import LABEL, Colour, ContextMaker, Inpaint, RealContexts, SuperResolution
 from pipeline.engine.generate import ImageSampler
-from pipeline.engine.latents import FirstStage, make_latents
+from pipeline.engine.latents import FirstStage
 from pipeline.errors import UserError
 
 NETWORKS: dict[str, Callable[..., DenoisingNetwork]] = {"unet": UNet, "dit": DiT}
@@ -237,13 +236,6 @@ def build_timestep_sampling(params: TrainParams) -> Callable[[Tensor, Tensor, in
             return lambda u, places, num_timesteps: ddpm_core.stratified_timesteps(
                 u, num_timesteps, places % size, size
             )
-
-
-def build_x0(spec: dict[str, Any], seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What the loader gives, and places in the global order -> the data to noise: pixels, or drawn latents."""
-    if "first_stage" not in spec:
-        return pixels_to_x0
-    return partial(make_latents, seed=seed, scale=spec["first_stage"]["scale"])
 
 
 def build_precision(precision: str, device: torch.device, *, section: str = "train") -> torch.dtype:

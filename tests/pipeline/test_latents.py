@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_network, build_sampler, build_schedule, build_x0, make_model_spec
+from pipeline.build import build_network, build_sampler, build_schedule, make_model_spec
 from pipeline.config import Params, SampleParams, load_params, params_from
 from pipeline.data.index import load_index
 from pipeline.data.pixels import pixels_to_x0
@@ -27,6 +27,7 @@ from pipeline.first_stage import (
     WEIGHTS_IN_MODEL,
     build_autoencoder,
     build_discriminator,
+    build_x0,
     load_first_stage,
     load_latents,
     load_trained,
