@@ -34,6 +34,10 @@ class Stream(IntEnum):
     CONTEXT = 9
     SAMPLE_CONTEXT = 10
     SAMPLE_IMAGE = 11
+    SHARDS = 16
+    WINDOW = 17
+    BALANCE = 18
+    MIX = 19
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
