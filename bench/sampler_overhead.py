@@ -142,7 +142,7 @@ def measure_guidance() -> Row:
     """A guided call against a plain one."""
     network = UNet(image_size=SHAPE[-1], channels=SHAPE[1], num_classes=10, base_channels=32,
                    channel_multipliers=(1, 2, 2), num_blocks=1, attention_resolutions=(8,)).eval()  # fmt: skip
-    guided = ClassifierFreeGuidance(network, 3.0, null_label=10)
+    guided = ClassifierFreeGuidance(network, 3.0, null=10)
     x_t, t, labels = torch.randn(SHAPE), torch.full((SHAPE[0],), 500), torch.arange(SHAPE[0]) % 10
     seconds = take_turns(
         {

@@ -6,9 +6,10 @@ variable or a rank.
 
 from ddpm_core.conditioning import ClassEmbedding, Condition, drop_labels, timestep_embedding
 from ddpm_core.ema import EMA
-from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
+from ddpm_core.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Denoiser, IntervalGuidance
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
 from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
+from ddpm_core.nn.classifier import NoisyClassifier
 from ddpm_core.nn.unet import UNet
 from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
 from ddpm_core.samplers.ddim import invert_ddim, sample_ddim, slerp
@@ -39,14 +40,18 @@ __all__ = [
     "LOSS_TYPES",
     "PARAMETERIZATIONS",
     "SPACINGS",
+    "AutoGuidance",
     "BitsPerDim",
     "ClassEmbedding",
     "ClassifierFreeGuidance",
+    "ClassifierGuidance",
     "Condition",
     "Denoiser",
     "DiffusionLoss",
+    "IntervalGuidance",
     "LossAwareTimesteps",
     "NoiseSchedule",
+    "NoisyClassifier",
     "UNet",
     "bits_per_dim",
     "discretised_gaussian_log_likelihood",

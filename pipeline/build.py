@@ -149,7 +149,7 @@ def build_sampler(
     if params.guidance != 1:
         if not num_classes:
             raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has no classes: use 1")
-        denoiser = ClassifierFreeGuidance(network, params.guidance, null_label=num_classes)
+        denoiser = ClassifierFreeGuidance(network, params.guidance, null=num_classes)
     common = {
         "parameterization": spec["parameterization"],
         "num_steps": params.steps,

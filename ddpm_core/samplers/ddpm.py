@@ -33,7 +33,8 @@ def sample_ddpm(
     """Walk the reverse chain, drawing each x_{t-1} from its posterior given the predicted x0.
 
     **Source**: Ho et al. 2020, algorithm 2; with fewer steps than T, the posterior of the shorter chain that visits
-    only those (Nichol and Dhariwal 2021, section 4). Variance as the schedule's `v_posterior` says.
+    only those (Nichol and Dhariwal 2021, section 4). Variance as the schedule's `v_posterior` says. Classifier guidance
+    shifts the mean by scale * variance * grad log p(y | x_t) (Dhariwal and Nichol 2021, algorithm 1), after clipping.
 
     Args:
         denoiser: the network, or a guided one.
@@ -58,15 +59,18 @@ def sample_ddpm(
     """
     chain = Chain(
         denoiser, schedule, x_noisy, condition=condition, parameterization=parameterization, num_steps=num_steps,
-        spacing=spacing, clip_denoised=clip_denoised, dynamic_threshold=dynamic_threshold,
+        spacing=spacing, clip_denoised=clip_denoised, dynamic_threshold=dynamic_threshold, mean_shift=True,
     )  # fmt: skip
     x = x_noisy
     for k, step in enumerate(chain.steps, start=1):
-        x0 = chain.predict_x0(k, x)
+        x0, gradient = chain.predict_x0(k, x), chain.gradient(k, x)
         of_x0, of_x = _mean_weights(step)
+        deviation = _deviation(step, schedule.v_posterior)
         x = torch.mul(x0, of_x0, out=x0 if callback is None else None).add_(x, alpha=of_x)
+        if gradient is not None:
+            x.add_(gradient, alpha=deviation**2)
         if step.prev_sigma > 0:  # the last step adds no noise
-            x.add_(noise(k), alpha=_deviation(step, schedule.v_posterior))
+            x.add_(noise(k), alpha=deviation)
         if callback is not None:
             callback(k, x, x0)
     return x
