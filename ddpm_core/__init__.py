@@ -8,7 +8,15 @@ from ddpm_core.conditioning import ClassEmbedding, Condition, drop_labels, times
 from ddpm_core.ema import EMA
 from ddpm_core.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Denoiser, IntervalGuidance
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
-from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
+from ddpm_core.losses import (
+    LOSS_TYPES,
+    DiffusionLoss,
+    classifier_loss,
+    get_loss,
+    min_snr_weights,
+    p_losses,
+    weighted_loss,
+)
 from ddpm_core.nn.classifier import NoisyClassifier
 from ddpm_core.nn.unet import UNet
 from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
@@ -54,6 +62,7 @@ __all__ = [
     "NoisyClassifier",
     "UNet",
     "bits_per_dim",
+    "classifier_loss",
     "discretised_gaussian_log_likelihood",
     "drop_labels",
     "get_loss",

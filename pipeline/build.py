@@ -12,13 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import ddpm_core
-from ddpm_core import ClassifierFreeGuidance, NoiseSchedule, UNet
-from pipeline.config import ModelParams, Params, SampleParams, ScheduleParams, TrainParams
+from ddpm_core import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    IntervalGuidance,
+    NoiseSchedule,
+    NoisyClassifier,
+    UNet,
+)
+from pipeline.config import ClassifierParams, ModelParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
 from pipeline.engine.generate import ImageSampler
 from pipeline.errors import UserError
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "noisy_classifier": NoisyClassifier}
 _MULTIPLIERS = {8: [1, 2], 16: [1, 2, 2], 32: [1, 2, 2, 2], 64: [1, 2, 3, 4]}
 
 
@@ -33,7 +41,28 @@ def make_model_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
     }
 
 
-def _network_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+def make_classifier_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
+    """The same of a classifier of noisy images.
+
+    Raises:
+        UserError: params.yaml has no section `classifier`, or there are fewer than two classes.
+    """
+    config = params.classifier
+    if config is None:
+        raise UserError("params.yaml: there is no section classifier: copy that of recipes/guided/params.yaml")
+    if index.num_classes < 2:
+        raise UserError(f"{index.folder} has {index.num_classes} classes: a classifier needs at least two sub-folders")
+    arguments = _network_arguments(config, index, section="classifier")
+    return {
+        "network": {"name": "noisy_classifier", **arguments, "pooling": config.pooling},
+        "schedule": params.schedule.model_dump(),
+        "classes": list(index.classes),
+    }
+
+
+def _network_arguments(
+    params: ModelParams | ClassifierParams, index: ShardIndex, section: str = "model"
+) -> dict[str, Any]:
     multipliers = params.channel_multipliers
     if multipliers == "auto":
         nearest = max((size for size in _MULTIPLIERS if size <= index.image_size), default=8)
@@ -42,8 +71,9 @@ def _network_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]
             multipliers = multipliers[:-1]
     if index.image_size % 2 ** (len(multipliers) - 1):
         raise UserError(
-            f"params.yaml: model.channel_multipliers has {len(multipliers)} entries, but images of {index.image_size} "
-            f"px can't be halved {len(multipliers) - 1} times: use fewer, or another shard.image_size"
+            f"params.yaml: {section}.channel_multipliers has {len(multipliers)} entries, but images of "
+            f"{index.image_size} px can't be halved {len(multipliers) - 1} times: use fewer, or another "
+            "shard.image_size"
         )
     return {
         "image_size": index.image_size,
@@ -85,14 +115,14 @@ def build_schedule(spec: dict[str, Any]) -> NoiseSchedule:
         raise UserError(f"params.yaml: schedule: {error}") from None
 
 
-def build_optimizer(params: TrainParams, network: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(params: TrainParams | ClassifierParams, network: nn.Module) -> torch.optim.Optimizer:
     """AdamW in its fused form."""
     return torch.optim.AdamW(
         network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
     )
 
 
-def build_learning_rate(params: TrainParams) -> Callable[[int], float]:
+def build_learning_rate(params: TrainParams | ClassifierParams) -> Callable[[int], float]:
     """Images seen -> learning rate: linear warm-up times the schedule."""
 
     def rate(images_seen: int) -> float:
@@ -136,20 +166,54 @@ def build_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def build_guidance(
+    params: SampleParams,
+    spec: dict[str, Any],
+    network: ddpm_core.Denoiser,
+    schedule: NoiseSchedule,
+    guide: ddpm_core.Denoiser | None = None,
+    classifier: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> ddpm_core.Denoiser:
+    """The network behind the guidance that params ask for; the network itself where they ask for none.
+
+    Raises:
+        UserError: guidance by classes is asked for a model without classes, or what guides is not there.
+    """
+    num_classes = len(spec["classes"])
+    for name, off in (("guidance", 1), ("classifier_scale", 0)):
+        if getattr(params, name) != off and not num_classes:
+            asked = f"sample.{name} is {getattr(params, name)}"
+            raise UserError(f"params.yaml: {asked}, but the model has no classes: use {off}")
+    plain = guided = network
+    if params.autoguidance != 1:
+        if guide is None:
+            raise UserError("sample.autoguidance needs a model with a guide: set train.guide_images and train")
+        guided = AutoGuidance(network, guide, params.autoguidance)
+    if params.guidance != 1:
+        guided = ClassifierFreeGuidance(guided, params.guidance, null=num_classes)
+    if params.guidance == 0:
+        plain = ClassifierFreeGuidance(network, 0.0, null=num_classes)
+    if params.classifier_scale != 0:
+        if classifier is None:
+            raise UserError(
+                "sample.classifier_scale needs a classifier: train one with `python -m pipeline.classifier`"
+            )
+        guided = ClassifierGuidance(guided, classifier, params.classifier_scale, schedule, spec["parameterization"])
+    if params.guidance_interval is None:
+        return guided
+    low, high = params.guidance_interval
+    return IntervalGuidance(guided, plain, schedule, (low, high))
+
+
 def build_sampler(
-    params: SampleParams, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule
+    params: SampleParams, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule, **guides: nn.Module
 ) -> ImageSampler:
     """Seeds -> images, with the sampler, steps and guidance that params ask for.
 
     Raises:
-        UserError: guidance is asked for a model without classes.
+        UserError: as :func:`build_guidance`, which says also what `guides` may be.
     """
-    num_classes = len(spec["classes"])
-    denoiser: ddpm_core.Denoiser = network
-    if params.guidance != 1:
-        if not num_classes:
-            raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has no classes: use 1")
-        denoiser = ClassifierFreeGuidance(network, params.guidance, null=num_classes)
+    denoiser = build_guidance(params, spec, network, schedule, **guides)
     common = {
         "parameterization": spec["parameterization"],
         "num_steps": params.steps,

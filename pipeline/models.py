@@ -13,8 +13,9 @@ from ddpm_core import NoiseSchedule
 from pipeline.build import build_network, build_sampler, build_schedule
 from pipeline.config import SampleParams
 from pipeline.data.pixels import to_uint8
-from pipeline.engine.checkpoint import load_model_spec, load_weights
+from pipeline.engine.checkpoint import GUIDE_NAME, load_model_spec, load_weights
 from pipeline.errors import UserError
+from pipeline.guides import load_classifier, load_guide
 from pipeline.runtime.rng import Stream, draw_normal
 
 
@@ -25,10 +26,11 @@ class TrainedModel:
         spec: what model.json says.
         network: with its weights, on the device where samples are drawn.
         schedule: on that device.
+        guides: what guides it beside its own classes, as `build_guidance` takes it: `guide`, `classifier`.
     """
 
-    def __init__(self, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule) -> None:
-        self.spec, self.network, self.schedule = spec, network, schedule
+    def __init__(self, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule, **guides: nn.Module) -> None:
+        self.spec, self.network, self.schedule, self.guides = spec, network, schedule, guides
         self.classes: tuple[str, ...] = tuple(spec["classes"])
 
     def sample(
@@ -40,6 +42,9 @@ class TrainedModel:
         sampler: Literal["ddim", "ddpm", "dpm_solver", "heun"] = "ddim",
         steps: int = 25,
         guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        autoguidance: float = 1.0,
+        classifier_scale: float = 0.0,
     ) -> Tensor:
         """Draw images. Image i depends on (seed, i) and its label alone, not on how many are drawn with it.
 
@@ -48,7 +53,7 @@ class TrainedModel:
                 no class in particular from one that has them.
             num_images: how many without labels; labels say it themselves.
             seed: in [0, 2**32).
-            sampler, steps, guidance: as in params.yaml.
+            sampler, steps, guidance, guidance_interval, autoguidance, classifier_scale: as in params.yaml.
 
         Returns:
             (n, c, h, w) uint8 on the model's device.
@@ -58,9 +63,10 @@ class TrainedModel:
         """
         params = SampleParams(
             seed=seed, num_samples=2, sampler=sampler, steps=steps, spacing="trailing", eta=0.0, guidance=guidance,
-            dynamic_threshold=None,
+            guidance_interval=None if guidance_interval is None else list(guidance_interval),
+            autoguidance=autoguidance, classifier_scale=classifier_scale, dynamic_threshold=None,
         )  # fmt: skip
-        draw = build_sampler(params, self.spec, self.network, self.schedule)
+        draw = build_sampler(params, self.spec, self.network, self.schedule, **self.guides)
         device = self.schedule.betas.device
         condition = None if labels is None else torch.tensor([self._number(label) for label in labels], device=device)
         places = torch.arange(num_images if condition is None else len(condition), device=device)
@@ -78,18 +84,26 @@ class TrainedModel:
         return number
 
 
-def load_model(folder: str | Path = "model", device: torch.device | str = "cpu") -> TrainedModel:
+def load_model(
+    folder: str | Path = "model", device: torch.device | str = "cpu", *, classifier: str | Path | None = None
+) -> TrainedModel:
     """The model in a folder, ready to sample.
 
     Args:
         folder: the train stage's output: `model.json` and `weights.safetensors`, both data, never code.
         device: where to draw samples.
+        classifier: the classifier stage's output, for `classifier_scale`; None for none. The guide that `autoguidance`
+            needs lies in the model's folder, where it was trained with one.
 
     Raises:
-        UserError: the folder holds no model, or one of another format.
+        UserError: a folder holds no model, or one of another format, or the two don't belong together.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
     spec = load_model_spec(folder)
     network = build_network(spec)
     load_weights(folder, network)
-    return TrainedModel(spec, network.to(device).eval().requires_grad_(False), build_schedule(spec).to(device))
+    guides = {"guide": load_guide(folder, spec, device)} if (folder / GUIDE_NAME).is_file() else {}
+    if classifier is not None:
+        guides["classifier"] = load_classifier(Path(classifier), spec, device)
+    schedule = build_schedule(spec).to(device)
+    return TrainedModel(spec, network.to(device).eval().requires_grad_(False), schedule, **guides)

@@ -21,6 +21,7 @@ from pipeline.data.pixels import make_grid
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.checkpoint import load_model_spec, load_weights
 from pipeline.engine.generate import ImageSampler, generate_blocks, read_blocks
+from pipeline.guides import load_guides
 from pipeline.lineage import stage_key
 from pipeline.machine import load_machine
 from pipeline.runtime.files import locked_folder, sha256_file, whole_file
@@ -39,8 +40,8 @@ def main() -> None:
     params, machine = load_params().sample, load_machine()
     restart_under_torchrun("pipeline.sample", machine)
     spec = load_model_spec(paths.MODEL)
-    weights = sha256_file(paths.MODEL / "weights.safetensors")
-    key = stage_key("pipeline.sample", [params], {"weights": weights, "spec": sha256_file(paths.MODEL / "model.json")})
+    inputs = {name: sha256_file(path) for name, path in input_files(params).items()}
+    key = stage_key("pipeline.sample", [params], inputs)
     folder = machine.state / "sample" / f"{key}-{machine.sample_batch}"
     with start_topology(machine) as topology:
         train_key, name = spec["lineage"]["train_key"], f"sample-{key[:6]}"
@@ -59,12 +60,24 @@ def main() -> None:
             topology.barrier()
 
 
+def input_files(params: SampleParams) -> dict[str, Path]:
+    """The files that reach the samples, by name."""
+    files = {"weights": paths.MODEL / "weights.safetensors", "spec": paths.MODEL / "model.json"}
+    others = {
+        "guide": (params.autoguidance != 1, paths.MODEL / "guide.safetensors"),
+        "classifier": (params.classifier_scale != 0, paths.CLASSIFIER / "weights.safetensors"),
+        "classifier_spec": (params.classifier_scale != 0, paths.CLASSIFIER / "model.json"),
+    }
+    return files | {name: path for name, (asked, path) in others.items() if asked and path.is_file()}
+
+
 def load_sampler(params: SampleParams, spec: dict[str, Any], topology: Topology) -> ImageSampler:
     """The trained network on this rank's device, behind the sampler that params ask for."""
     network = build_network(spec)
     load_weights(paths.MODEL, network)
     network.to(topology.device).eval().requires_grad_(False)
-    return build_sampler(params, spec, network, build_schedule(spec).to(topology.device))
+    guides = load_guides(params, spec, topology.device, model=paths.MODEL, classifier=paths.CLASSIFIER)
+    return build_sampler(params, spec, network, build_schedule(spec).to(topology.device), **guides)
 
 
 def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, blocks: list[Path]) -> None:

@@ -33,7 +33,7 @@ from pipeline.data.loader import iterate_batches
 from pipeline.data.order import Order
 from pipeline.data.pixels import make_grid
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
-from pipeline.engine.loop import LoopPlan, Observers, train
+from pipeline.engine.loop import LoopPlan, Observers, resume, train
 from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
@@ -47,8 +47,9 @@ from pipeline.runtime.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 PREVIEW = SampleParams(
-    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, dynamic_threshold=None
-)  # of the pictures drawn while training; no parameter of the stage, as they change no result
+    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, guidance_interval=None,
+    autoguidance=1.0, classifier_scale=0.0, dynamic_threshold=None,
+)  # fmt: skip # of the pictures drawn while training; no parameter of the stage, as they change no result
 
 
 def main() -> None:
@@ -155,19 +156,9 @@ def make_step(
         ),
         timesteps=build_timestep_sampling(config),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
+        guide_images=config.guide_images,
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
-
-
-def resume(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) -> None:
-    """Load the newest whole checkpoint, the same on every rank."""
-    newest = topology.from_main((checkpoints.newest() or 0) if topology.is_main else 0)
-    if newest:
-        checkpoints.load(state, newest, topology.device)
-        if topology.is_main:
-            log.info("train: going on at %s images, from %s", f"{newest:,}", checkpoints.root)
-        else:
-            state.sums.zero_()  # the main rank carries the sums of all
 
 
 def run_loop(
@@ -210,7 +201,7 @@ def run_loop(
 
 def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:
     """Write the stage's outputs: equal training gives equal bytes."""
-    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen})
+    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen}, state.guide)
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=COLUMNS, lineterminator="\n")
     writer.writeheader()

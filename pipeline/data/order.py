@@ -45,3 +45,25 @@ class Order:
             self._permutation = draw_permutation(self.seed, Stream.ORDER, self.num_images, draw=epoch).numpy()
             self._epoch = epoch
         return self._permutation
+
+
+class SubsetOrder(Order):
+    """The same over some of the images.
+
+    Args:
+        ids: (N,) of the images, at least 1.
+        seed: in [0, 2**32).
+    """
+
+    def __init__(self, ids: NDArray[np.int64], seed: int) -> None:
+        super().__init__(len(ids), seed)
+        self.ids = ids
+
+    def images(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Ids of the images at positions [start, stop).
+
+        Example:
+            >>> sorted(SubsetOrder(np.array([7, 2, 9]), seed=0).images(3, 6).tolist())
+            [2, 7, 9]
+        """
+        return self.ids[super().images(start, stop)]

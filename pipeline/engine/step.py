@@ -39,6 +39,7 @@ class StepPlan:
         timesteps: `timesteps(u, places, T)` -> (b,) int64 diffusion steps, from (b,) numbers in [0, 1) and the images'
             places in the global order.
         compile: compile the network.
+        guide_images: images seen after which a copy of the average is kept; None for none.
     """
 
     seed: int
@@ -53,6 +54,7 @@ class StepPlan:
     loss: Callable[..., DiffusionLoss]
     timesteps: Callable[[Tensor, Tensor, int], Tensor] = sample_uniformly
     compile: bool = False
+    guide_images: int | None = None
 
 
 class TrainStep:
@@ -84,6 +86,8 @@ class TrainStep:
         # Equal on every rank: each adds its share, so that the sum over ranks counts the norm once.
         state.sums[3] += norm.detach() / self.topology.world_size
         state.images_seen += plan.batch_size
+        if plan.guide_images is not None and state.guide is None and state.images_seen >= plan.guide_images:
+            state.guide = {name: value.clone() for name, value in state.ema.network.state_dict().items()}
 
     def _backward(self, batch: Batch, part: slice) -> None:
         plan, device = self.plan, self.topology.device
