@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddpm_core.conditioning import timestep_embedding
-from ddpm_core.nn.blocks import Downsample, make_norm
-from ddpm_core.nn.unet import Stage
+from ddpm_core.nn.attention import SelfAttention
+from ddpm_core.nn.blocks import Downsample, ResidualBlock, make_norm
 
 POOLINGS = ("attention", "mean")
 
@@ -96,9 +96,10 @@ class NoisyClassifier(nn.Module):
         self.down = nn.ModuleList()
         for level, multiplier in enumerate(channel_multipliers):
             for _ in range(num_blocks):
-                outside = multiplier * base_channels
-                self.down.append(Stage(width, outside, embedding_dim, dropout, size in attention_resolutions))
-                width = outside
+                self.down.append(ResidualBlock(width, multiplier * base_channels, embedding_dim, dropout))
+                width = multiplier * base_channels
+                if size in attention_resolutions:
+                    self.down.append(SelfAttention(width))
             if level < halvings:
                 self.down.append(Downsample(width))
                 size //= 2
@@ -111,6 +112,6 @@ class NoisyClassifier(nn.Module):
         embedding = functional.silu(self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype)))
         h = self.conv_in(x_t)
         for layer in self.down:
-            h = layer(h, embedding) if isinstance(layer, Stage) else layer(h)
+            h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
         h = functional.silu(self.norm_out(h))
         return self.head(h.mean((2, 3)) if self.pool is None else self.pool(h))  # type: ignore[no-any-return]

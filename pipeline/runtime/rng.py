@@ -31,7 +31,7 @@ class Stream(IntEnum):
     ORDER = 6
     HALVES = 7
     DROPOUT = 8
-    HELD_OUT = 9
+    HELD_OUT = 20
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

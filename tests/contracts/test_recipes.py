@@ -46,7 +46,7 @@ def test_each_stage_runs_a_module_knows_its_code_and_runs_in_a_fresh_clone(recip
         assert python == "python"
         source = ROOT.joinpath(*module.split(".")).with_suffix(".py")
         assert "run_stage(main)" in source.read_text(), name
-        assert "../../pipeline" in stage["deps"], name
+        assert any(dep.startswith("../../pipeline") for dep in stage["deps"]), name
         assert set(stage["params"]) <= set(Params.model_fields), name
         assert any(isinstance(out, str) for out in stage["outs"]), name  # outputs in git are there in a clone
 

@@ -16,7 +16,7 @@ def make(**changes) -> NoisyClassifier:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_logits_depend_on_the_image_and_the_step_and_have_a_gradient(pooling: str) -> None:
     classifier = make(pooling=pooling)
-    torch.nn.init.normal_(classifier.down[0].block.conv_out.weight, std=0.1)  # residual branches start at zero
+    torch.nn.init.normal_(classifier.down[0].conv_out.weight, std=0.1)  # residual branches start at zero
     x = torch.randn(4, 1, 8, 8).requires_grad_()
     logits = classifier(x, torch.tensor([0, 9, 99, 999]))
     assert logits.shape == (4, 3)
