@@ -29,9 +29,18 @@ from ddpm_core.conditioning import (
 )
 from ddpm_core.dictionaries import ExactEmbedding, NearestEmbedding, QuantizedEmbedding, take_auxiliary_loss
 from ddpm_core.ema import EMA
-from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
+from ddpm_core.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Denoiser, IntervalGuidance
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
-from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
+from ddpm_core.losses import (
+    LOSS_TYPES,
+    DiffusionLoss,
+    classifier_loss,
+    get_loss,
+    min_snr_weights,
+    p_losses,
+    weighted_loss,
+)
+from ddpm_core.nn.classifier import NoisyClassifier
 from ddpm_core.nn.cost import Cost, count_cost
 from ddpm_core.nn.dit import DiT
 from ddpm_core.nn.network import DenoisingNetwork
@@ -76,9 +85,11 @@ __all__ = [
     "LOSS_TYPES",
     "PARAMETERIZATIONS",
     "SPACINGS",
+    "AutoGuidance",
     "BitsPerDim",
     "ClassEmbedding",
     "ClassifierFreeGuidance",
+    "ClassifierGuidance",
     "Colourise",
     "Condition",
     "Conditions",
@@ -92,15 +103,18 @@ __all__ = [
     "DiffusionLoss",
     "ExactEmbedding",
     "Inpaint",
+    "IntervalGuidance",
     "LinearOperator",
     "LossAwareTimesteps",
     "NearestEmbedding",
     "NoiseSchedule",
+    "NoisyClassifier",
     "QuantizedEmbedding",
     "Separable",
     "SuperResolve",
     "UNet",
     "bits_per_dim",
+    "classifier_loss",
     "composite",
     "count_cost",
     "discretised_gaussian_log_likelihood",

@@ -13,17 +13,21 @@ from torch import Tensor, nn
 
 import ddpm_core
 from ddpm_core import (
+    AutoGuidance,
     ClassEmbedding,
     ClassifierFreeGuidance,
+    ClassifierGuidance,
     Conditions,
     ContextConcat,
     DenoisingNetwork,
     DiT,
+    IntervalGuidance,
     NoiseSchedule,
+    NoisyClassifier,
     UNet,
 )
 from ddpm_core.nn.attention import count_heads
-from pipeline.config import ModelParams, Params, SampleParams, ScheduleParams, TrainParams
+from pipeline.config import ClassifierParams, ModelParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
 from pipeline.data.mixing import BalancedOrder, MixedOrder, MixedWindowedOrder
 from pipeline.data.order import Order, RandomOrder, WindowedOrder
@@ -32,7 +36,7 @@ from pipeline.engine.generate import ImageSampler
 from pipeline.errors import UserError
 from pipeline.runtime.rng import Stream, draw_integer
 
-NETWORKS: dict[str, Callable[..., DenoisingNetwork]] = {"unet": UNet, "dit": DiT}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "dit": DiT, "noisy_classifier": NoisyClassifier}
 CONTEXTS: dict[str, Callable[..., ContextMaker]] = {
     "inpaint": Inpaint,
     "super_resolution": SuperResolution,
@@ -62,6 +66,26 @@ def make_model_spec(params: Params, index: ShardIndex, *mixed: ShardIndex) -> di
         "parameterization": params.model.parameterization,
         "classes": list(index.classes),
         "labels": [int(label) for label in labels if label >= 0],  # of classes with images
+    }
+
+
+def make_classifier_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
+    """The same of a classifier of noisy images.
+
+    Raises:
+        UserError: params.yaml has no section `classifier`, or there are fewer than two classes.
+    """
+    config = params.classifier
+    if config is None:
+        raise UserError("params.yaml: there is no section classifier: copy that of recipes/guided/params.yaml")
+    if index.num_classes < 2:
+        raise UserError(f"{index.folder} has {index.num_classes} classes: a classifier needs at least two sub-folders")
+    form = {"image_size": index.image_size, "channels": index.channels, "num_classes": index.num_classes}
+    inside = {**_unet_arguments(config, index, section="classifier"), "dropout": config.dropout}
+    return {
+        "network": {"name": "noisy_classifier", **form, **inside, "pooling": config.pooling},
+        "schedule": params.schedule.model_dump(),
+        "classes": list(index.classes),
     }
 
 
@@ -98,7 +122,9 @@ def _dit_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
     return {"patch_size": params.patch_size, "width": width, "depth": params.depth, "num_heads": num_heads}
 
 
-def _unet_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+def _unet_arguments(
+    params: ModelParams | ClassifierParams, index: ShardIndex, section: str = "model"
+) -> dict[str, Any]:
     multipliers = params.channel_multipliers
     if multipliers == "auto":
         nearest = max((size for size in _MULTIPLIERS if size <= index.image_size), default=8)
@@ -107,8 +133,9 @@ def _unet_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
             multipliers = multipliers[:-1]
     if index.image_size % 2 ** (len(multipliers) - 1):
         raise UserError(
-            f"params.yaml: model.channel_multipliers has {len(multipliers)} entries, but images of {index.image_size} "
-            f"px can't be halved {len(multipliers) - 1} times: use fewer, or another shard.image_size"
+            f"params.yaml: {section}.channel_multipliers has {len(multipliers)} entries, but images of "
+            f"{index.image_size} px can't be halved {len(multipliers) - 1} times: use fewer, or another "
+            "shard.image_size"
         )
     return {
         "base_channels": params.base_channels,
@@ -230,14 +257,14 @@ def build_order(params: Params, indexes: Sequence[ShardIndex]) -> Order:
     return MixedOrder(orders, [index.num_images for index in indexes], weights, seed)
 
 
-def build_optimizer(params: TrainParams, network: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(params: TrainParams | ClassifierParams, network: nn.Module) -> torch.optim.Optimizer:
     """AdamW in its fused form."""
     return torch.optim.AdamW(
         network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
     )
 
 
-def build_learning_rate(params: TrainParams) -> Callable[[int], float]:
+def build_learning_rate(params: TrainParams | ClassifierParams) -> Callable[[int], float]:
     """Images seen -> learning rate: linear warm-up times the schedule."""
 
     def rate(images_seen: int) -> float:
@@ -281,12 +308,55 @@ def build_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def build_guidance(
+    params: SampleParams,
+    spec: dict[str, Any],
+    network: ddpm_core.Denoiser,
+    schedule: NoiseSchedule,
+    guide: ddpm_core.Denoiser | None = None,
+    classifier: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> ddpm_core.Denoiser:
+    """The network behind the guidance that params ask for; the network itself where they ask for none.
+
+    Raises:
+        UserError: guidance by classes is asked for a model without classes, or what guides is not there.
+    """
+    num_classes = len(spec["classes"])
+    for name, off in (("guidance", 1), ("classifier_scale", 0)):
+        if getattr(params, name) != off and not num_classes:
+            asked = f"sample.{name} is {getattr(params, name)}"
+            raise UserError(f"params.yaml: {asked}, but the model has no classes: use {off}")
+    null = {LABEL: num_classes} if "context" in spec else num_classes  # the context stays in both calls
+    plain = guided = network
+    if params.autoguidance != 1:
+        if guide is None:
+            raise UserError("sample.autoguidance needs a model with a guide: set train.guide_images and train")
+        guided = AutoGuidance(network, guide, params.autoguidance)
+    if params.guidance != 1:
+        guided = ClassifierFreeGuidance(guided, params.guidance, null=null)
+    if params.guidance == 0:
+        plain = ClassifierFreeGuidance(network, 0.0, null=null)
+    if params.classifier_scale != 0:
+        if "context" in spec:
+            raise UserError("params.yaml: sample.classifier_scale is for models without a context: use 0")
+        if classifier is None:
+            raise UserError(
+                "sample.classifier_scale needs a classifier: train one with `python -m pipeline.classifier`"
+            )
+        guided = ClassifierGuidance(guided, classifier, params.classifier_scale, schedule, spec["parameterization"])
+    if params.guidance_interval is None:
+        return guided
+    low, high = params.guidance_interval
+    return IntervalGuidance(guided, plain, schedule, (low, high))
+
+
 def build_sampler(
     params: SampleParams,
     spec: dict[str, Any],
     network: nn.Module,
     schedule: NoiseSchedule,
     images: ShardIndex | None = None,
+    **guides: nn.Module,
 ) -> ImageSampler:
     """Seeds -> images, with the sampler, steps and guidance that params ask for.
 
@@ -294,16 +364,9 @@ def build_sampler(
         images: real ones, for the contexts of a model that has one; without them the sampler's `method` alone works.
 
     Raises:
-        UserError: guidance is asked for a model without classes.
+        UserError: as :func:`build_guidance`, which says also what `guides` may be.
     """
-    num_classes = len(spec["classes"])
-    denoiser: ddpm_core.Denoiser = network
-    if params.guidance != 1:
-        if not num_classes:
-            raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has no classes: use 1")
-        if "context" in spec:
-            raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has a context: use 1")
-        denoiser = ClassifierFreeGuidance(network, params.guidance, null_label=num_classes)
+    denoiser = build_guidance(params, spec, network, schedule, **guides)
     common = {
         "parameterization": spec["parameterization"],
         "learned_variance": has_learned_variance(spec),

@@ -6,7 +6,7 @@ Read with ruamel in its safe YAML 1.2 mode, as DVC does: PyYAML takes `1e-4` for
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -105,6 +105,7 @@ class TrainParams(Section):
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Annotated[float, Field(gt=0.0)]
     ema_half_life_images: Positive
+    guide_images: Positive | None
     label_dropout: Share
     horizontal_flip: bool
     loss_type: Literal["l1", "l2", "huber"]
@@ -122,6 +123,37 @@ class TrainParams(Section):
         if self.l_simple_weight == 0.0 and self.original_elbo_weight == 0.0:
             raise ValueError("l_simple_weight and original_elbo_weight are both 0, so there is nothing to minimise")
         return self
+
+    @model_validator(mode="after")
+    def _guide_is_reached(self) -> TrainParams:
+        if self.guide_images is not None and self.guide_images > self.total_images:
+            raise ValueError(f"guide_images is {self.guide_images}, more than the {self.total_images} of total_images")
+        return self
+
+
+class ClassifierParams(Section):
+    """Of the recipes with classifier guidance."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)]
+    total_images: Positive
+    batch_size: Positive
+    learning_rate: Annotated[float, Field(gt=0.0)]
+    learning_rate_schedule: Literal["constant", "cosine"]
+    warmup_images: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    max_grad_norm: Annotated[float, Field(gt=0.0)]
+    ema_half_life_images: Positive
+    horizontal_flip: bool
+    precision: Literal["float32", "bfloat16", "auto"]
+    log_every_images: Positive
+    checkpoint_every_images: Positive
+    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channel_multipliers: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"]
+    num_blocks: Positive
+    attention_resolutions: list[Positive]
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    pooling: Literal["attention", "mean"]
 
 
 class MixedSet(Section):
@@ -156,7 +188,18 @@ class SampleParams(Section):
     spacing: Literal["trailing", "leading", "linspace", "quad", "logsnr"]
     eta: Share
     guidance: float
+    guidance_interval: Annotated[list[Annotated[float, Field(ge=0.0)]], Field(min_length=2, max_length=2)] | None
+    autoguidance: float
+    classifier_scale: float
     dynamic_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None
+
+    @model_validator(mode="after")
+    def _guidance_is_one(self) -> SampleParams:
+        if self.autoguidance != 1 and self.guidance not in (0, 1):
+            raise ValueError("autoguidance and guidance are both on: set guidance to 1, or to 0, or autoguidance to 1")
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}, expected two rising noise levels")
+        return self
 
 
 class EvaluateParams(Section):
@@ -176,6 +219,7 @@ class Params(Section):
     order: OrderParams
     sample: SampleParams
     evaluate: EvaluateParams
+    classifier: ClassifierParams | None = None
 
     @model_validator(mode="after")
     def _eps_needs_signal(self) -> Params:
@@ -257,6 +301,6 @@ def _plain(item: Any) -> str:
 
 def _known_keys(section: str) -> str:
     annotation = Params.model_fields[section].annotation
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, Section)
-    return ", ".join(annotation.model_fields)
+    model = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    assert issubclass(model, Section)
+    return ", ".join(model.model_fields)

@@ -22,6 +22,7 @@ from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.checkpoint import load_model_spec, load_weights
 from pipeline.engine.generate import GRID_ROWS, ImageSampler, generate_blocks, read_blocks
 from pipeline.errors import UserError
+from pipeline.guides import load_guides
 from pipeline.lineage import stage_key
 from pipeline.machine import load_machine
 from pipeline.runtime.files import locked_folder, sha256_file, whole_file
@@ -39,9 +40,8 @@ def main() -> None:
     params, machine = load_params().sample, load_machine()
     restart_under_torchrun("pipeline.sample", machine)
     spec = load_model_spec(paths.MODEL)
-    weights = sha256_file(paths.MODEL / "weights.safetensors")
     images = load_context_images(spec)
-    inputs = {"weights": weights, "spec": sha256_file(paths.MODEL / "model.json")}
+    inputs = {name: sha256_file(path) for name, path in input_files(params).items()}
     key = stage_key("pipeline.sample", [params], inputs | ({} if images is None else {"shards": images.sha256}))
     folder = machine.state / "sample" / f"{key}-{machine.sample_batch}"
     with start_topology(machine) as topology:
@@ -76,6 +76,17 @@ def load_context_images(spec: dict[str, Any]) -> ShardIndex | None:
     return images
 
 
+def input_files(params: SampleParams) -> dict[str, Path]:
+    """The files that reach the samples, by name."""
+    files = {"weights": paths.MODEL / "weights.safetensors", "spec": paths.MODEL / "model.json"}
+    others = {
+        "guide": (params.autoguidance != 1, paths.MODEL / "guide.safetensors"),
+        "classifier": (params.classifier_scale != 0, paths.CLASSIFIER / "weights.safetensors"),
+        "classifier_spec": (params.classifier_scale != 0, paths.CLASSIFIER / "model.json"),
+    }
+    return files | {name: path for name, (asked, path) in others.items() if asked and path.is_file()}
+
+
 def load_sampler(
     params: SampleParams,
     spec: dict[str, Any],
@@ -87,7 +98,8 @@ def load_sampler(
     network = build_network(spec)
     load_weights(paths.MODEL, network)
     place_network(network, topology.device, channels_last).eval().requires_grad_(False)
-    return build_sampler(params, spec, network, build_schedule(spec).to(topology.device), images)
+    guides = load_guides(params, spec, topology.device, model=paths.MODEL, classifier=paths.CLASSIFIER)
+    return build_sampler(params, spec, network, build_schedule(spec).to(topology.device), images, **guides)
 
 
 def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, blocks: list[Path]) -> None:

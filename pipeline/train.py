@@ -38,7 +38,7 @@ from pipeline.data.index import ShardIndex, load_indexes
 from pipeline.data.loader import iterate_batches
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.generate import GRID_ROWS
-from pipeline.engine.loop import LoopPlan, Observers, train
+from pipeline.engine.loop import LoopPlan, Observers, resume, train
 from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
@@ -52,8 +52,9 @@ from pipeline.runtime.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 PREVIEW = SampleParams(
-    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, dynamic_threshold=None
-)  # of the pictures drawn while training; no parameter of the stage, as they change no result
+    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, guidance_interval=None,
+    autoguidance=1.0, classifier_scale=0.0, dynamic_threshold=None,
+)  # fmt: skip # of the pictures drawn while training; no parameter of the stage, as they change no result
 
 
 def main() -> None:
@@ -170,6 +171,7 @@ def make_step(
         timesteps=build_timestep_sampling(config),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
         context=build_context(spec),
+        guide_images=config.guide_images,
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
 
@@ -182,17 +184,6 @@ def report_cost(network: nn.Module, spec: dict[str, Any], tracker: Tracker) -> N
     tracker.log_params({"model.parameters": cost.parameters, "model.gflop_per_image": round(gflop, 6)})
     log.info("train: %s, %s parameters, %.3g GFLOP an image forward",
              spec["network"]["name"], f"{cost.parameters:,}", gflop)  # fmt: skip
-
-
-def resume(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) -> None:
-    """Load the newest whole checkpoint, the same on every rank."""
-    newest = topology.from_main((checkpoints.newest() or 0) if topology.is_main else 0)
-    if newest:
-        checkpoints.load(state, newest, topology.device)
-        if topology.is_main:
-            log.info("train: going on at %s images, from %s", f"{newest:,}", checkpoints.root)
-        else:
-            state.sums.zero_()  # the main rank carries the sums of all
 
 
 def run_loop(
@@ -234,7 +225,7 @@ def run_loop(
 
 def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:
     """Write the stage's outputs: equal training gives equal bytes."""
-    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen})
+    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen}, state.guide)
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -41,6 +41,7 @@ class StepPlan:
             places in the global order.
         compile: compile the network.
         context: what makes the clean channels beside the image; None for a model without.
+        guide_images: images seen after which a copy of the average is kept; None for none.
     """
 
     seed: int
@@ -56,6 +57,7 @@ class StepPlan:
     timesteps: Callable[[Tensor, Tensor, int], Tensor] = sample_uniformly
     compile: bool = False
     context: ContextMaker | None = None
+    guide_images: int | None = None
 
 
 class TrainStep:
@@ -87,6 +89,8 @@ class TrainStep:
         # Equal on every rank: each adds its share, so that the sum over ranks counts the norm once.
         state.sums[3] += norm.detach() / self.topology.world_size
         state.images_seen += plan.batch_size
+        if plan.guide_images is not None and state.guide is None and state.images_seen >= plan.guide_images:
+            state.guide = {name: value.clone() for name, value in state.ema.network.state_dict().items()}
 
     def _backward(self, batch: Batch, part: slice) -> None:
         plan, device = self.plan, self.topology.device

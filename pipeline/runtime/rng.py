@@ -38,6 +38,7 @@ class Stream(IntEnum):
     WINDOW = 17
     BALANCE = 18
     MIX = 19
+    HELD_OUT = 20
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -121,6 +121,20 @@ def test_the_loss_by_quarter_is_the_mean_over_its_images(micro_batch: int) -> No
     assert not step.state.sums.any()
 
 
+def test_the_guide_is_the_average_when_its_images_are_reached_and_stays_as_it_was() -> None:
+    step, _ = make_step(guide_images=BATCH + 1)
+    averages, guides = [], []
+    for place in range(3):
+        step.state.ema.network.shift.fill_(1.0 + place)
+        step(batch_at(place))
+        averages.append(step.state.ema.network.shift.clone())
+        guides.append(None if step.state.guide is None else step.state.guide["shift"].clone())
+    assert guides[0] is None
+    assert torch.equal(guides[1], averages[1])
+    assert torch.equal(guides[2], averages[1])
+    assert not torch.equal(averages[2], averages[1])
+
+
 def test_a_quarter_without_images_is_left_out_of_the_row() -> None:
     step, _ = make_step(timesteps=lambda u, places, num_timesteps: torch.full_like(places, 60))
     step(batch_at(0))
