@@ -156,7 +156,7 @@ class MixedWindowedOrder:
     """
 
     def __init__(
-        self, shard_sizes: Sequence[Sequence[int]], weights: Sequence[float], seed: int,
+        self, shard_sizes: Sequence[Sequence[int] | Ids], weights: Sequence[float], seed: int,
         *, batch_size: int, num_lanes: int, window_images: int,
     ) -> None:  # fmt: skip
         self._lanes = Lanes(batch_size, num_lanes)

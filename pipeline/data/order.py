@@ -122,7 +122,7 @@ class ShardStream:
         window_images: images that are shuffled together.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, window_images: int) -> None:
+    def __init__(self, shard_sizes: Sequence[int] | Ids, seed: int, window_images: int) -> None:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._first_ids = np.cumsum(self._sizes) - self._sizes
         self.num_images = int(self._sizes.sum())
@@ -157,7 +157,7 @@ class ShardStream:
 
     def _draw_epoch(self, epoch: int) -> tuple[Ids, Ids]:
         """The shards in this epoch's order, and where each ends in the stream."""
-        shards = draw_permutation(self._seed, Stream.SHARDS, len(self._sizes), draw=epoch).numpy()
+        shards = np.argsort(make_keys(self._seed, Stream.SHARDS, epoch, np.arange(len(self._sizes))), kind="stable")
         return shards, np.cumsum(self._sizes[shards])
 
 
@@ -186,7 +186,7 @@ class WindowedOrder:
     """
 
     def __init__(
-        self, shard_sizes: Sequence[int], seed: int, *, batch_size: int, num_lanes: int, window_images: int
+        self, shard_sizes: Sequence[int] | Ids, seed: int, *, batch_size: int, num_lanes: int, window_images: int
     ) -> None:
         self._stream = ShardStream(shard_sizes, seed, window_images)
         self._lanes = Lanes(batch_size, num_lanes)
@@ -206,7 +206,9 @@ class WindowedOrder:
         return ids
 
 
-def list_shards(order: Order, shard_sizes: Sequence[int], *, batch_size: int, steps: range, share: slice) -> list[int]:
+def list_shards(
+    order: Order, shard_sizes: Sequence[int] | Ids, *, batch_size: int, steps: range, share: slice
+) -> list[int]:
     """The shards that a rank needs for some steps, by first use: what to fetch ahead.
 
     Args:
