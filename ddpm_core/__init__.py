@@ -29,6 +29,16 @@ from ddpm_core.conditioning import (
 )
 from ddpm_core.dictionaries import ExactEmbedding, NearestEmbedding, QuantizedEmbedding, take_auxiliary_loss
 from ddpm_core.ema import EMA
+from ddpm_core.first_stage import (
+    FirstStageLoss,
+    LatentScale,
+    adaptive_weight,
+    first_stage_loss,
+    hinge_loss,
+    kl_to_standard_normal,
+    perceptual_distance,
+    reparameterize,
+)
 from ddpm_core.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Denoiser, IntervalGuidance
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
 from ddpm_core.losses import (
@@ -40,6 +50,7 @@ from ddpm_core.losses import (
     p_losses,
     weighted_loss,
 )
+from ddpm_core.nn.autoencoder import KLAutoencoder, PatchDiscriminator
 from ddpm_core.nn.classifier import NoisyClassifier
 from ddpm_core.nn.cost import Cost, count_cost
 from ddpm_core.nn.dit import DiT
@@ -102,17 +113,22 @@ __all__ = [
     "DiT",
     "DiffusionLoss",
     "ExactEmbedding",
+    "FirstStageLoss",
     "Inpaint",
     "IntervalGuidance",
+    "KLAutoencoder",
+    "LatentScale",
     "LinearOperator",
     "LossAwareTimesteps",
     "NearestEmbedding",
     "NoiseSchedule",
     "NoisyClassifier",
+    "PatchDiscriminator",
     "QuantizedEmbedding",
     "Separable",
     "SuperResolve",
     "UNet",
+    "adaptive_weight",
     "bits_per_dim",
     "classifier_loss",
     "composite",
@@ -120,19 +136,24 @@ __all__ = [
     "discretised_gaussian_log_likelihood",
     "drop_conditions",
     "drop_labels",
+    "first_stage_loss",
     "gaussian_kernel",
     "get_loss",
+    "hinge_loss",
     "invert_ddim",
+    "kl_to_standard_normal",
     "learned_log_variance",
     "make_betas",
     "make_timesteps",
     "min_snr_weights",
     "p_losses",
+    "perceptual_distance",
     "predict_noise_from_start",
     "predict_start_from_noise",
     "q_posterior",
     "q_sample",
     "register_schedule",
+    "reparameterize",
     "rescale_zero_terminal_snr",
     "restore_ddrm",
     "sample_ddim",

@@ -27,12 +27,22 @@ from ddpm_core import (
     UNet,
 )
 from ddpm_core.nn.attention import count_heads
-from pipeline.config import ClassifierParams, ModelParams, Params, SampleParams, ScheduleParams, TrainParams
+from pipeline.config import (
+    ClassifierParams,
+    ModelParams,
+    OptimizerParams,
+    Params,
+    SampleParams,
+    ScheduleParams,
+    TrainParams,
+)
 from pipeline.data.index import ShardIndex
 from pipeline.data.mixing import BalancedOrder, MixedOrder, MixedWindowedOrder
 from pipeline.data.order import Order, RandomOrder, WindowedOrder
+from pipeline.data.pixels import pixels_to_x0
 from pipeline.engine.context import LABEL, Colour, ContextMaker, Inpaint, RealContexts, SuperResolution
 from pipeline.engine.generate import ImageSampler
+from pipeline.engine.latents import FirstStage, make_latents
 from pipeline.errors import UserError
 from pipeline.runtime.rng import Stream, draw_integer
 
@@ -45,17 +55,20 @@ CONTEXTS: dict[str, Callable[..., ContextMaker]] = {
 _MULTIPLIERS = {8: [1, 2], 16: [1, 2, 2], 32: [1, 2, 2, 2], 64: [1, 2, 3, 4]}
 
 
-def make_model_spec(params: Params, index: ShardIndex, *mixed: ShardIndex) -> dict[str, Any]:
+def make_model_spec(
+    params: Params, index: ShardIndex, *mixed: ShardIndex, first_stage: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What model.json says of a model: enough to build it again, `auto` values resolved.
 
     Args:
         params: of the run.
-        index: the shards it is trained on.
+        index: what it is trained on.
         mixed: more sets with the same form and classes.
+        first_stage: what the latents say of where they come from; None for a model of pixels.
     """
     labels = np.unique(np.concatenate([np.unique(one.labels) for one in (index, *mixed)]))
     context = _context_spec(params.model, index)
-    return {
+    spec = {
         "network": {
             "name": params.model.network,
             **_network_arguments(params.model, index),
@@ -67,6 +80,10 @@ def make_model_spec(params: Params, index: ShardIndex, *mixed: ShardIndex) -> di
         "classes": list(index.classes),
         "labels": [int(label) for label in labels if label >= 0],  # of classes with images
     }
+    if first_stage is None:
+        return spec
+    network = {**spec["network"], "channels": first_stage["network"]["latent_channels"]}  # half of the moments
+    return {**spec, "network": network, "first_stage": first_stage}
 
 
 def make_classifier_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
@@ -257,14 +274,14 @@ def build_order(params: Params, indexes: Sequence[ShardIndex]) -> Order:
     return MixedOrder(orders, [index.num_images for index in indexes], weights, seed)
 
 
-def build_optimizer(params: TrainParams | ClassifierParams, network: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(params: OptimizerParams, network: nn.Module) -> torch.optim.Optimizer:
     """AdamW in its fused form."""
     return torch.optim.AdamW(
         network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
     )
 
 
-def build_learning_rate(params: TrainParams | ClassifierParams) -> Callable[[int], float]:
+def build_learning_rate(params: OptimizerParams) -> Callable[[int], float]:
     """Images seen -> learning rate: linear warm-up times the schedule."""
 
     def rate(images_seen: int) -> float:
@@ -291,7 +308,14 @@ def build_timestep_sampling(params: TrainParams) -> Callable[[Tensor, Tensor, in
             )
 
 
-def build_precision(precision: str, device: torch.device) -> torch.dtype:
+def build_x0(spec: dict[str, Any], seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the loader gives, and places in the global order -> the data to noise: pixels, or drawn latents."""
+    if "first_stage" not in spec:
+        return pixels_to_x0
+    return partial(make_latents, seed=seed, scale=spec["first_stage"]["scale"])
+
+
+def build_precision(precision: str, device: torch.device, *, section: str = "train") -> torch.dtype:
     """The dtype of matrix work. `auto` is bfloat16 on CUDA devices that have it in hardware, else float32.
 
     Raises:
@@ -303,7 +327,9 @@ def build_precision(precision: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if has_bfloat16 else torch.float32
         case "bfloat16":
             if device.type == "cuda" and not has_bfloat16:
-                raise UserError("params.yaml: train.precision is bfloat16, which this GPU lacks: use auto or float32")
+                raise UserError(
+                    f"params.yaml: {section}.precision is bfloat16, which this GPU lacks: use auto or float32"
+                )
             return torch.bfloat16
     return torch.float32
 
@@ -356,22 +382,31 @@ def build_sampler(
     network: nn.Module,
     schedule: NoiseSchedule,
     images: ShardIndex | None = None,
+    first_stage: FirstStage | None = None,
     **guides: nn.Module,
 ) -> ImageSampler:
     """Seeds -> images, with the sampler, steps and guidance that params ask for.
 
     Args:
         images: real ones, for the contexts of a model that has one; without them the sampler's `method` alone works.
+        first_stage: of a model of latents. They are nowhere clipped, and decoded at the end.
 
     Raises:
-        UserError: as :func:`build_guidance`, which says also what `guides` may be.
+        UserError: as :func:`build_guidance`, which says also what `guides` may be; or dynamic thresholding is asked for
+            a model of latents.
+        ValueError: the model is one of latents and the first stage is missing, or the other way round.
     """
+    if ("first_stage" in spec) != (first_stage is not None):
+        raise ValueError("a model of latents needs its first stage, and one of pixels takes none")
+    if first_stage is not None and params.dynamic_threshold is not None:
+        raise UserError("params.yaml: sample.dynamic_threshold is for pixels, and this is a model of latents: set null")
     denoiser = build_guidance(params, spec, network, schedule, **guides)
     common = {
         "parameterization": spec["parameterization"],
         "learned_variance": has_learned_variance(spec),
         "num_steps": params.steps,
         "spacing": params.spacing,
+        "clip_denoised": first_stage is None,
         "dynamic_threshold": params.dynamic_threshold,
     }
     method: Callable[..., Tensor]
@@ -387,4 +422,5 @@ def build_sampler(
     shape = (spec["network"]["channels"], *2 * [spec["network"]["image_size"]])
     maker = build_context(spec)
     contexts = None if maker is None or images is None else RealContexts(maker, images, params.seed)
-    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape, contexts=contexts)
+    decode = None if first_stage is None else first_stage.decode
+    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape, contexts=contexts, decode=decode)

@@ -29,7 +29,7 @@ from pipeline.data.loader import iterate_batches
 from pipeline.data.order import SubsetOrder
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.classify import accuracy_by_quarter, split_held_out
-from pipeline.engine.loop import LoopPlan, Observers, resume, train
+from pipeline.engine.loop import LoopPlan, Observers, train
 from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
@@ -64,7 +64,7 @@ def main() -> None:
             open_run(config, machine, topology, index, key) as tracker,
         ):
             step = make_step(config, machine, topology, spec, dtype)
-            resume(step.state, checkpoints, topology)
+            checkpoints.resume(step.state, topology, step.plan.section)
             run_loop(step, config, machine, topology, index, ids, checkpoints, tracker, stop)
             measured = held_out if len(held_out) else ids
             accuracy = accuracy_by_quarter(
@@ -120,6 +120,7 @@ def make_step(
         dtype=dtype,
         learning_rate=build_learning_rate(config),
         loss=classifier_loss,
+        section="classifier",
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)

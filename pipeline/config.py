@@ -36,13 +36,14 @@ class DataParams(Section):
 
 
 class FetchParams(Section):
-    source: Literal["digits", "idx", "photo_tiles"]
+    source: Literal["digits", "idx", "photo_tiles", "auto"]
     idx_dir: str | None
+    max_images: Positive | None = None
 
     @model_validator(mode="after")
     def _idx_needs_a_folder(self) -> FetchParams:
-        if self.source == "idx" and self.idx_dir is None:
-            raise ValueError("source is idx, so idx_dir must name the folder with the *-ubyte files")
+        if self.source in ("idx", "auto") and self.idx_dir is None:
+            raise ValueError(f"source is {self.source}, so idx_dir must name the folder with the *-ubyte files")
         return self
 
 
@@ -95,7 +96,9 @@ class ModelParams(Section):
     context_factor: Annotated[int, Field(ge=2)]
 
 
-class TrainParams(Section):
+class OptimizerParams(Section):
+    """What every training needs."""
+
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     total_images: Positive
     batch_size: Positive
@@ -105,6 +108,9 @@ class TrainParams(Section):
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Annotated[float, Field(gt=0.0)]
     ema_half_life_images: Positive
+
+
+class TrainParams(OptimizerParams):
     guide_images: Positive | None
     label_dropout: Share
     horizontal_flip: bool
@@ -131,19 +137,10 @@ class TrainParams(Section):
         return self
 
 
-class ClassifierParams(Section):
+class ClassifierParams(OptimizerParams):
     """Of the recipes with classifier guidance."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)]
-    total_images: Positive
-    batch_size: Positive
-    learning_rate: Annotated[float, Field(gt=0.0)]
-    learning_rate_schedule: Literal["constant", "cosine"]
-    warmup_images: Annotated[int, Field(ge=0)]
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    max_grad_norm: Annotated[float, Field(gt=0.0)]
-    ema_half_life_images: Positive
     horizontal_flip: bool
     precision: Literal["float32", "bfloat16", "auto"]
     log_every_images: Positive
@@ -206,8 +203,41 @@ class EvaluateParams(Section):
     real_images: Annotated[int, Field(ge=10)]
 
 
+class AutoencoderParams(OptimizerParams):
+    """The first stage of latent diffusion; None in params.yaml of a pipeline on pixels."""
+
+    factor: Literal[2, 4, 8]
+    latent_channels: Positive
+    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channel_multipliers: Annotated[list[Positive], Field(min_length=2)] | Literal["auto"]
+    num_blocks: Positive
+    horizontal_flip: bool
+    loss_type: Literal["l1", "l2", "huber"]
+    kl_weight: Annotated[float, Field(ge=0.0)]
+    perceptual_weight: Annotated[float, Field(ge=0.0)]
+    adversarial_weight: Annotated[float, Field(ge=0.0)]
+    adversarial_start_images: Annotated[int, Field(ge=0)]
+    discriminator_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    discriminator_layers: Positive
+    precision: Literal["float32", "bfloat16", "auto"]
+    log_every_images: Positive
+    checkpoint_every_images: Positive
+    preview_every_images: Positive
+
+    @model_validator(mode="after")
+    def _a_multiplier_a_resolution(self) -> AutoencoderParams:
+        levels = self.factor.bit_length()
+        if self.channel_multipliers != "auto" and len(self.channel_multipliers) != levels:
+            raise ValueError(f"channel_multipliers has not the {levels} entries that factor {self.factor} needs")
+        return self
+
+
+class EncodeParams(Section):
+    shard_images: Positive
+
+
 class Params(Section):
-    """The whole of params.yaml."""
+    """The whole of params.yaml. With `autoencoder` and `encode` the diffusion model works on latents."""
 
     data: DataParams
     fetch: FetchParams
@@ -220,6 +250,25 @@ class Params(Section):
     sample: SampleParams
     evaluate: EvaluateParams
     classifier: ClassifierParams | None = None
+    autoencoder: AutoencoderParams | None = None
+    encode: EncodeParams | None = None
+
+    @model_validator(mode="after")
+    def _latents_fit_the_rest(self) -> Params:
+        if (self.autoencoder is None) != (self.encode is None):
+            raise ValueError("autoencoder and encode belong together: give both sections for latents, none for pixels")
+        if self.encode is not None and self.train.horizontal_flip:
+            raise ValueError("train.horizontal_flip is true, but a mirrored latent is no latent of the mirrored image: "
+                             "use autoencoder.horizontal_flip")  # fmt: skip
+        if self.encode is not None and self.sample.dynamic_threshold is not None:
+            raise ValueError("sample.dynamic_threshold is for pixels: latents have no [-1, 1] to return to; set null")
+        if self.encode is not None and self.order.mix:
+            raise ValueError("order.mix names shards of pixels, and the latents are one set: use null")
+        if self.encode is not None and self.model.context != "none":
+            raise ValueError(
+                f"model.context is {self.model.context}, which is made of pixels, not of latents: use none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _eps_needs_signal(self) -> Params:
@@ -301,6 +350,6 @@ def _plain(item: Any) -> str:
 
 def _known_keys(section: str) -> str:
     annotation = Params.model_fields[section].annotation
-    model = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-    assert issubclass(model, Section)
-    return ", ".join(model.model_fields)
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]  # or one that may be None
+    (section_type,) = [kind for kind in kinds if issubclass(kind, Section)]
+    return ", ".join(section_type.model_fields)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +15,8 @@ from pipeline.engine.score import (
     class_accuracy,
     context_psnr,
     halves,
-    load_moments,
+    load_reconstruction_scores,
+    load_reference,
     mean_distance,
     memorised_share,
     read_vectors,
@@ -67,6 +66,8 @@ def main() -> None:
     with whole_folder(paths.EVALUATION) as aside:
         save_moments(aside / "all.safetensors", generated["all"])
     lineage = model["lineage"]
+    if "first_stage" in model:
+        scores |= load_reconstruction_scores(paths.ENCODE_METRICS, extractor.protocol)
     save_json(paths.EVALUATE_METRICS, {**scores, "train_key": lineage["train_key"]})
     # Under names of their own: the run's git_commit is that of the training, and this may be a later one.
     tags = {f"eval.{name}": value for name, value in provenance().items()}
@@ -81,22 +82,6 @@ def main() -> None:
         tracker.register_model(paths.MODEL, score_name=name, score=scores[name], protocol=scores["protocol"])
     shown = ", ".join(f"{k} {_short(v)}" for k, v in scores.items() if not isinstance(v, str))
     log.info("evaluate: %s; peak memory %.2f GiB a process", shown, peak_memory_gib())
-
-
-def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict[str, Moments]]:
-    """The reference's description and moments.
-
-    Raises:
-        UserError: it is missing or was made from other images.
-    """
-    try:
-        reference: dict[str, Any] = load_json(folder / "reference.json")
-        moments = {name: load_moments(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no readable reference ({error}); run `dvc repro reference`") from None
-    if reference["shard_index_sha256"] != real.sha256:
-        raise UserError(f"{folder} belongs to other shards than {real.folder}: run `dvc repro reference`")
-    return reference, moments
 
 
 def distances(

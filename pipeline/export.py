@@ -27,8 +27,8 @@ def main() -> None:
     model = load_model(source)
     spec = model.spec
     with whole_folder(arguments.out) as aside:
-        for name in ("weights.safetensors", "model.json"):
-            shutil.copyfile(source / name, aside / name)
+        for path in (*source.glob("*.safetensors"), source / "model.json"):
+            shutil.copyfile(path, aside / path.name)
         scores = find_scores(spec["lineage"])
         save_text(aside / "README.md", make_card(spec, scores, find_data(spec["lineage"]), provenance()))
         if scores is not None and paths.SAMPLE_GRID.exists():

@@ -1,7 +1,8 @@
 """Stage `fetch`: a data set this machine already has -> image files under data/fetched, one sub-folder a class.
 
 Run as `python -m pipeline.fetch`. Nothing is downloaded: `digits` and `photo_tiles` come with scikit-learn, `idx` reads
-MNIST-style files (Debian's package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist). When
+MNIST-style files (Debian's package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist). `auto` is
+`idx` where that folder is, else `digits`; which it was is printed, and is part of the output, `SOURCE.txt`. When
 `data.raw` names a folder of your own, only a note is written.
 """
 
@@ -28,6 +29,7 @@ from pipeline.runtime.process import run_stage
 IDX_IMAGES = "train-images-idx3-ubyte"
 IDX_LABELS = "train-labels-idx1-ubyte"
 UNSIGNED_BYTE = 0x08
+SOURCE = "fetch.source is auto: {source}, as {idx_dir} is {state} here.\n"
 TILE_PX = 32
 TILE_STEP_PX = 16
 NOTE = "data.raw in params.yaml is {raw}, a folder of your own, so nothing was fetched.\n"
@@ -116,13 +118,31 @@ def make_tiles(photo: NDArray[np.uint8], size: int, step: int) -> NDArray[np.uin
 
 
 def load_source(params: FetchParams) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images `(n, h, w)` or `(n, h, w, 3)` and labels `(n,)` of the source that params.yaml names."""
-    if params.source == "digits":
-        return load_digits()
-    if params.source == "photo_tiles":
-        return load_photo_tiles()
+    """Images `(n, h, w)` or `(n, h, w, 3)` and labels `(n,)` of the source that params.yaml names, evenly thinned to
+    `max_images`.
+
+    A folder that is there but damaged or incomplete is an error for `auto` too.
+    """
+    match choose_source(params):
+        case "digits":
+            images, labels = load_digits()
+        case "photo_tiles":
+            images, labels = load_photo_tiles()
+        case _:
+            assert params.idx_dir is not None, "config checks this"
+            images, labels = load_idx_pair(params.idx_dir)
+    if params.max_images is None or params.max_images >= len(images):
+        return images, labels
+    kept = np.arange(params.max_images) * len(images) // params.max_images
+    return images[kept], labels[kept]
+
+
+def choose_source(params: FetchParams) -> str:
+    """The source, `auto` decided by what this machine has."""
+    if params.source != "auto":
+        return params.source
     assert params.idx_dir is not None, "config checks this"
-    return load_idx_pair(params.idx_dir)
+    return "idx" if Path(params.idx_dir).is_dir() else "digits"
 
 
 def save_images(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
@@ -149,6 +169,11 @@ def main() -> None:
             return
         images, labels = load_source(params.fetch)
         save_images(folder, images, labels)
+        if params.fetch.source == "auto":
+            source, idx_dir = choose_source(params.fetch), params.fetch.idx_dir
+            text = SOURCE.format(source=source, idx_dir=idx_dir, state="a folder" if source == "idx" else "absent")
+            (folder / "SOURCE.txt").write_text(text, encoding="utf-8")
+            print(text, end="")
     print(f"{len(images):,} images of {images.shape[2]} x {images.shape[1]} px in {paths.RAW}")
 
 

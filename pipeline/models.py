@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from ddpm_core import NoiseSchedule
 from pipeline.build import build_context, build_network, build_sampler, build_schedule
 from pipeline.config import SampleParams
-from pipeline.data.pixels import to_uint8, to_unit_range
+from pipeline.data.pixels import to_unit_range
 from pipeline.engine.checkpoint import GUIDE_NAME, load_model_spec, load_weights
 from pipeline.engine.context import Context, to_condition
+from pipeline.engine.latents import FirstStage
 from pipeline.errors import UserError
+from pipeline.first_stage import WEIGHTS_IN_MODEL, load_first_stage
 from pipeline.guides import load_classifier, load_guide
 from pipeline.runtime.registry import fetch_model, is_model_uri
 from pipeline.runtime.rng import Stream, draw_normal
@@ -30,11 +32,20 @@ class TrainedModel:
         spec: what model.json says.
         network: with its weights, on the device where samples are drawn.
         schedule: on that device.
+        first_stage: of a model of latents, on that device too.
         guides: what guides it beside its own classes, as `build_guidance` takes it: `guide`, `classifier`.
     """
 
-    def __init__(self, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule, **guides: nn.Module) -> None:
-        self.spec, self.network, self.schedule, self.guides = spec, network, schedule, guides
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        first_stage: FirstStage | None = None,
+        **guides: nn.Module,
+    ) -> None:
+        self.spec, self.network, self.schedule = spec, network, schedule
+        self.first_stage, self.guides = first_stage, guides
         self.classes: tuple[str, ...] = tuple(spec["classes"])
 
     def sample(
@@ -75,7 +86,7 @@ class TrainedModel:
             guidance_interval=None if guidance_interval is None else list(guidance_interval),
             autoguidance=autoguidance, classifier_scale=classifier_scale, dynamic_threshold=None,
         )  # fmt: skip
-        draw = build_sampler(params, self.spec, self.network, self.schedule, None, **self.guides)
+        draw = build_sampler(params, self.spec, self.network, self.schedule, None, self.first_stage, **self.guides)
         device = self.schedule.betas.device
         named = None if labels is None else [self._number(label) for label in labels]
         numbers = torch.tensor(named, device=device) if named and self.classes else None
@@ -90,8 +101,8 @@ class TrainedModel:
         def noise(k: int) -> Tensor:
             return draw_normal(seed, Stream.SAMPLE, places, draw.shape, draw=k)
 
-        images = draw.method(noise(0), noise, condition=to_condition(numbers, given))
-        return to_uint8(images if given is None else given.complete(images))
+        x = draw.method(noise(0), noise, condition=to_condition(numbers, given))
+        return draw.to_pixels(x if given is None else given.complete(x))
 
     def _context(
         self,
@@ -133,15 +144,15 @@ def load_model(
     """The model in a folder or in MLflow, ready to sample.
 
     Args:
-        place: the train stage's output: `model.json` and `weights.safetensors`, both data, never code. Or an address
-            such as `models:/ddpm-pipeline@best` or `runs:/ID/registered_model`, looked up at `MLFLOW_TRACKING_URI`, or
-            else in `mlflow.db` here.
+        place: the train stage's output: `model.json` and `weights.safetensors`, both data, never code; of a model of
+            latents also `first_stage.safetensors`. Or an address such as `models:/ddpm-pipeline@best` or
+            `runs:/ID/registered_model`, looked up at `MLFLOW_TRACKING_URI`, or else in `mlflow.db` here.
         device: where to draw samples.
         classifier: the classifier stage's output, for `classifier_scale`; None for none. The guide that `autoguidance`
             needs lies in the model's folder, where it was trained with one.
 
     Raises:
-        UserError: there is no model, or one of another format, or the two don't belong together.
+        UserError: there is no model, or one of another format, or what comes with it does not belong to it.
     """
     folder, device = resolve_model(place), torch.device(device)
     spec = load_model_spec(folder)
@@ -150,5 +161,6 @@ def load_model(
     guides = {"guide": load_guide(folder, spec, device)} if (folder / GUIDE_NAME).is_file() else {}
     if classifier is not None:
         guides["classifier"] = load_classifier(Path(classifier), spec, device)
-    schedule = build_schedule(spec).to(device)
-    return TrainedModel(spec, network.to(device).eval().requires_grad_(False), schedule, **guides)
+    network.to(device).eval().requires_grad_(False)
+    first_stage = load_first_stage(spec, folder / WEIGHTS_IN_MODEL, device)
+    return TrainedModel(spec, network, build_schedule(spec).to(device), first_stage, **guides)

@@ -1,4 +1,4 @@
-"""Every artefact of the pipeline, named once. Relative to the repository's root, where DVC runs each stage."""
+"""Every artefact of the pipeline, named once. Relative to the folder of dvc.yaml, where DVC runs each stage."""
 
 from pathlib import Path
 
@@ -13,6 +13,12 @@ SHARD_INDEX = SHARDS / "index.json"
 SHARD_REPORT = Path("metrics/shard.json")
 REFUSED = Path("metrics/refused.csv")
 REFERENCE = Path("reference")
+FIRST_STAGE = Path("first_stage")
+AUTOENCODER_METRICS = Path("metrics/autoencoder.json")
+AUTOENCODER_CURVE = Path("plots/autoencoder.csv")
+LATENTS = Path("latents")
+ENCODE_METRICS = Path("metrics/encode.json")
+RECONSTRUCTIONS = Path("plots/reconstructions.png")
 MODEL = Path("model")
 CLASSIFIER = Path("classifier")
 CLASSIFIER_METRICS = Path("metrics/classifier.json")

@@ -19,9 +19,10 @@ from pipeline.build import build_network, build_sampler, build_schedule, place_n
 from pipeline.config import SampleParams, load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.writer import Sample, write_shards
-from pipeline.engine.checkpoint import load_model_spec, load_weights
+from pipeline.engine.checkpoint import image_form, load_model_spec, load_weights
 from pipeline.engine.generate import GRID_ROWS, ImageSampler, generate_blocks, read_blocks
 from pipeline.errors import UserError
+from pipeline.first_stage import WEIGHTS_IN_MODEL, load_first_stage
 from pipeline.guides import load_guides
 from pipeline.lineage import stage_key
 from pipeline.machine import load_machine
@@ -99,7 +100,9 @@ def load_sampler(
     load_weights(paths.MODEL, network)
     place_network(network, topology.device, channels_last).eval().requires_grad_(False)
     guides = load_guides(params, spec, topology.device, model=paths.MODEL, classifier=paths.CLASSIFIER)
-    return build_sampler(params, spec, network, build_schedule(spec).to(topology.device), images, **guides)
+    first_stage = load_first_stage(spec, paths.MODEL / WEIGHTS_IN_MODEL, topology.device)
+    schedule = build_schedule(spec).to(topology.device)
+    return build_sampler(params, spec, network, schedule, images, first_stage, **guides)
 
 
 def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, blocks: list[Path]) -> None:
@@ -114,9 +117,9 @@ def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, b
             note = {} if notes is None else notes[seed]
             yield Sample(image.transpose(1, 2, 0), label, {"seed": seed, "sample_seed": params.seed, **note})
 
-    network = spec["network"]
+    channels, image_size = image_form(spec)
     write_shards(
-        paths.SAMPLES, samples(), image_size=network["image_size"], channels=network["channels"], encoding="raw",
+        paths.SAMPLES, samples(), image_size=image_size, channels=channels, encoding="raw",
         classes=tuple(spec["classes"]), shard_images=SHARD_IMAGES,
     )  # fmt: skip
     shown = [image for image, _ in zip(read_blocks(blocks), range(GRID_ROWS * sampler.columns), strict=False)]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import getpass
-import io
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -28,6 +24,7 @@ from pipeline.build import (
     build_sampler,
     build_schedule,
     build_timestep_sampling,
+    build_x0,
     has_learned_variance,
     inner_network,
     make_model_spec,
@@ -38,13 +35,15 @@ from pipeline.data.index import ShardIndex, load_indexes
 from pipeline.data.loader import iterate_batches
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.generate import GRID_ROWS
-from pipeline.engine.loop import LoopPlan, Observers, resume, train
-from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
+from pipeline.engine.loop import LoopPlan, Observers, save_curve, train
+from pipeline.engine.runs import describe_run
+from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
-from pipeline.lineage import provenance, source_sha256, stage_key
+from pipeline.first_stage import WEIGHTS, WEIGHTS_IN_MODEL, LatentSet, load_first_stage, load_latents
+from pipeline.lineage import source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
-from pipeline.runtime.files import locked_folder, save_json, save_text, sha256_json
+from pipeline.runtime.files import locked_folder, save_json, sha256_json
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
@@ -62,11 +61,13 @@ def main() -> None:
     params, machine = load_params(), load_machine()
     restart_under_torchrun("pipeline.train", machine)
     stop = StopRequest()
-    indexes = load_indexes([entry.shards for entry in params.order.mix] if params.order.mix else [paths.SHARDS])
-    spec = make_model_spec(params, *indexes)
+    latents = load_latents() if params.encode else None
+    sets = [entry.shards for entry in params.order.mix] if params.order.mix else [paths.SHARDS]
+    indexes = [latents.index] if latents else load_indexes(sets)
+    spec = make_model_spec(params, *indexes, first_stage=latents.spec if latents else None)
     with start_topology(machine) as topology:
         dtype = build_precision(params.train.precision, topology.device)
-        lineage = make_lineage(params, indexes, dtype)
+        lineage = make_lineage(params, indexes, dtype, latents)
         checkpoints = CheckpointFolder(machine.state / "train" / lineage["train_key"])
         with (
             locked_folder(checkpoints.root) if topology.is_main else nullcontext(),
@@ -75,21 +76,24 @@ def main() -> None:
             step = make_step(params, machine, topology, spec, dtype)
             if topology.is_main:
                 report_cost(step.state.network, spec, tracker)
-            resume(step.state, checkpoints, topology)
+            checkpoints.resume(step.state, topology, step.plan.section)
             run_loop(step, params, machine, topology, indexes, spec, checkpoints, tracker, stop)
             if topology.is_main:
                 publish(step.state, spec, lineage, tracker)
             topology.barrier()
 
 
-def make_lineage(params: Params, indexes: Sequence[ShardIndex], dtype: torch.dtype) -> dict[str, Any]:
+def make_lineage(
+    params: Params, indexes: Sequence[ShardIndex], dtype: torch.dtype, latents: LatentSet | None = None
+) -> dict[str, Any]:
     """Where the model comes from; its `train_key` names the resume state and the MLflow run."""
     sections = (params.schedule, params.model, params.train, params.order)
     hashes = [index.sha256 for index in indexes]
     shards = hashes[0] if len(hashes) == 1 else sha256_json(hashes)
     precision = str(dtype).removeprefix("torch.")
+    inputs = {"shards": shards, "precision": precision} | ({"latents": latents.sha256} if latents else {})
     return {
-        "train_key": stage_key("pipeline.train", sections, {"shards": shards, "precision": precision}),
+        "train_key": stage_key("pipeline.train", sections, inputs),
         "precision": precision,
         "shard_index_sha256": shards,
         "code_sha256": source_sha256("pipeline.train"),
@@ -106,13 +110,8 @@ def open_run(
     name = f"{index.num_classes or 'no'}-class-{index.image_size}px-{lineage['train_key'][:6]}"
     tags = {
         "shard_index_sha256": lineage["shard_index_sha256"],
-        "world_size": str(topology.world_size),
-        "device": torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
         "precision": lineage["precision"],
-        "mlflow.user": user_name(),
-        "mlflow.source.name": "pipeline.train",
-        **provenance(),
+        **describe_run(topology, "pipeline.train"),
     }
     tracker = open_tracker(
         machine.state, lineage["train_key"], run_name=name, tags=tags, enabled=topology.is_main and machine.tracking
@@ -126,14 +125,6 @@ def open_run(
         Path(params.data.raw).name, lineage["shard_index_sha256"][:16], source=params.data.raw, profile=data
     )
     return tracker
-
-
-def user_name() -> str:
-    """Who runs this; a number where the system has no name for it, as in many containers."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 def make_step(
@@ -169,6 +160,7 @@ def make_step(
             min_snr_gamma=config.min_snr_gamma,
         ),
         timesteps=build_timestep_sampling(config),
+        to_x0=build_x0(spec, config.seed),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
         context=build_context(spec),
         guide_images=config.guide_images,
@@ -207,7 +199,8 @@ def run_loop(
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
-    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, indexes[0])
+    first_stage = load_first_stage(spec, paths.FIRST_STAGE / WEIGHTS, topology.device)
+    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, indexes[0], first_stage)
 
     def preview(images_seen: int) -> None:
         pixels = sampler(torch.arange(GRID_ROWS * sampler.columns, device=topology.device))
@@ -225,12 +218,10 @@ def run_loop(
 
 def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:
     """Write the stage's outputs: equal training gives equal bytes."""
-    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen}, state.guide)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(state.history)
-    save_text(paths.LOSS_CURVE, table.getvalue())
+    files = {WEIGHTS_IN_MODEL: paths.FIRST_STAGE / WEIGHTS} if "first_stage" in spec else {}
+    lineage = {**lineage, "images_seen": state.images_seen}
+    save_model(paths.MODEL, state.ema.network, spec, lineage, guide=state.guide, files=files)
+    save_curve(paths.LOSS_CURVE, state)
     parameters = sum(p.numel() for p in state.network.parameters())
     save_json(paths.TRAIN_METRICS, {**state.history[-1], "parameters": parameters})
     memory = peak_memory_gib()

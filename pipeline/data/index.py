@@ -31,7 +31,8 @@ FORMAT = "ddpm-shards"
 VERSION = 1
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
-ENCODINGS = ("raw", "png")
+# raw and png are pixels; moments are what a first stage makes of them: mean, then log-variance, channel by channel.
+DTYPES: dict[str, np.dtype[Any]] = {"raw": np.dtype("u1"), "png": np.dtype("u1"), "moments": np.dtype("<f4")}
 
 # offset and size are of the payload (KEY.npy or KEY.png) in its tar; label -1 is none; crc32 is of the payload.
 SAMPLE_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("label", "<i4"), ("crc32", "<u4")])

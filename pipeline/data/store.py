@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.audit import Refused
 from pipeline.data.decode import DECODERS
-from pipeline.data.index import Shard, ShardIndex
+from pipeline.data.index import DTYPES, Shard, ShardIndex
 from pipeline.data.writer import encode_npy
 from pipeline.errors import UserError
 
@@ -75,7 +75,9 @@ class ShardStore:
         self.index = index
         self._source = source or LocalSource(index.folder)
         self._shape = (index.image_size, index.image_size, index.channels)
-        self._head = encode_npy(np.zeros(self._shape, np.uint8))[: -int(np.prod(self._shape))]
+        self._dtype = DTYPES.get(index.encoding, np.dtype(np.uint8))
+        empty = np.zeros(self._shape, self._dtype)
+        self._head = encode_npy(empty)[: -empty.nbytes]
         self._gap = memoryview(bytearray(MAX_GAP_BYTES))
         self._files: OrderedDict[int, int] = OrderedDict()
         if index.encoding != "raw" and index.encoding not in DECODERS:
@@ -96,8 +98,8 @@ class ShardStore:
             os.close(files.popitem()[1])
 
     def read(
-        self, ids: NDArray[np.integer[Any]], out: NDArray[np.uint8] | None = None
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        self, ids: NDArray[np.integer[Any]], out: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The images and labels of some samples, in the order asked for.
 
         Payloads that lie close together in a tar are read by one call.
@@ -107,7 +109,8 @@ class ShardStore:
             out: where to put the images; made if left out.
 
         Returns:
-            Images uint8 `(b, channels, image_size, image_size)`, contiguous, and labels int64 `(b,)`, -1 for none.
+            Images uint8 (float32 for moments) `(b, channels, image_size, image_size)`, contiguous, and labels int64
+            `(b,)`, -1 for none.
 
         Raises:
             UserError: a record is not what its crc32 in the index says or no such image, or a tar cannot be read.
@@ -119,15 +122,15 @@ class ShardStore:
         rows = self.index.rows(ids)
         labels = rows["label"].astype(np.int64)
         size, _, channels = self._shape
-        images = np.empty((len(ids), channels, size, size), np.uint8) if out is None else out
+        images = np.empty((len(ids), channels, size, size), self._dtype) if out is None else out
         order = np.lexsort((rows["offset"], rows["shard"]))
-        read = self._read_raw if self.index.encoding == "raw" else self._read_encoded
+        read = self._read_encoded if self.index.encoding in DECODERS else self._read_raw
         read(ids[order], rows[order], order, images)
         return images, labels
 
-    def _read_raw(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
+    def _read_raw(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[Any]) -> None:
         head = len(self._head)
-        size = head + int(np.prod(self._shape))
+        size = head + int(np.prod(self._shape)) * self._dtype.itemsize
         for place in np.flatnonzero(rows["size"] != size)[:1]:
             raise self._damaged(ids[place], rows[place]["shard"])
         buffer = np.empty((len(ids), size), np.uint8)
@@ -135,7 +138,7 @@ class ShardStore:
         for part, group in _neighbours(rows):
             views = [memory[place * size : (place + 1) * size] for place in range(part.start, part.stop)]
             self._fill(ids[part], group, views)
-        images[places] = buffer[:, head:].reshape(len(ids), *self._shape).transpose(0, 3, 1, 2)
+        images[places] = buffer[:, head:].view(self._dtype).reshape(len(ids), *self._shape).transpose(0, 3, 1, 2)
 
     def _read_encoded(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
         decode = DECODERS[self.index.encoding]

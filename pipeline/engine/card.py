@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.engine.checkpoint import image_form
+
 
 def make_card(
     spec: Mapping[str, Any], scores: Mapping[str, Any] | None, data: Mapping[str, Any] | None, origin: Mapping[str, str]
@@ -19,7 +21,8 @@ def make_card(
         origin: git commit and the like of the repository the card is made in.
     """
     network, lineage, classes = spec["network"], spec["lineage"], spec["classes"]
-    size = f"{network['channels']} x {network['image_size']} x {network['image_size']}"
+    channels, pixels = image_form(spec)
+    size = f"{channels} x {pixels} x {pixels}"
     task = "class-conditional-image-generation" if classes else "unconditional-image-generation"
     knows = f"Classes: {_listed(classes)}." if classes else "It knows no classes."
     example = json.dumps(classes[:3]) if classes else "num_images=4"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,9 @@ class ImageSampler:
         seed: of the whole set, in [0, 2**32).
         classes: the labels to ask for; they go round with the seed, so any range of seeds is balanced. Empty: the model
             has none.
-        shape: of one image, (c, h, w).
+        shape: of what the network works on, (c, h, w).
         contexts: for a model with a context: those of the seeds, whose labels then count instead of `classes`.
+        decode: what the network works on -> images in [-1, 1]: the first stage of a latent model.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class ImageSampler:
         classes: Sequence[int],
         shape: tuple[int, ...],
         contexts: RealContexts | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.method = method
         self.seed = seed
         self.classes = tuple(classes)
         self.shape = shape
         self.contexts = contexts
+        self.decode = decode
 
     def labels(self, seeds: Tensor) -> Tensor | None:
         """(b,) int64 labels of (b,) seeds; None without classes."""
@@ -65,8 +69,12 @@ class ImageSampler:
             return draw_normal(self.seed, Stream.SAMPLE, seeds, self.shape, draw=k)
 
         context = None if self.contexts is None else self.contexts(seeds)
-        images = self.method(noise(0), noise, condition=to_condition(self.labels(seeds), context))
-        return to_uint8(images if context is None else context.complete(images))
+        x = self.method(noise(0), noise, condition=to_condition(self.labels(seeds), context))
+        return self.to_pixels(x if context is None else context.complete(x))
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """What the method gives -> (b, c, h, w) uint8."""
+        return to_uint8(x if self.decode is None else self.decode(x))
 
     @property
     def columns(self) -> int:
@@ -80,7 +88,13 @@ class ImageSampler:
 
 
 def generate_blocks(
-    sampler: ImageSampler, folder: Path, num_samples: int, block_size: int, topology: Topology
+    sampler: Callable[[Tensor], Tensor],
+    folder: Path,
+    num_samples: int,
+    block_size: int,
+    topology: Topology,
+    *,
+    label: str = "sample",
 ) -> list[Path]:
     """Sample seeds 0..num_samples-1 in blocks of `block_size`, dealt to the ranks in turn; a block on disk is kept.
 
@@ -92,6 +106,7 @@ def generate_blocks(
         num_samples: at least 1.
         block_size: images a forward pass.
         topology: the world.
+        label: of the progress bar.
 
     Returns:
         the paths of all blocks in the order of seeds, complete on every rank.
@@ -104,7 +119,7 @@ def generate_blocks(
     mine = [
         (start, path) for start, path in list(zip(starts, blocks, strict=True))[topology.rank :: topology.world_size]
     ]
-    with tqdm(total=num_samples, unit="img", disable=None if topology.is_main else True, desc="sample") as bar:
+    with tqdm(total=num_samples, unit="img", disable=None if topology.is_main else True, desc=label) as bar:
         for start, path in mine:
             count = min(block_size, num_samples - start)
             if not path.exists():
@@ -120,7 +135,7 @@ def generate_blocks(
     return blocks
 
 
-def read_blocks(blocks: Iterable[Path]) -> Iterator[NDArray[np.uint8]]:
+def read_blocks(blocks: Iterable[Path]) -> Iterator[NDArray[Any]]:
     """The images of all blocks, one (c, h, w) after another."""
     for path in blocks:
         yield from np.load(path, allow_pickle=False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from pipeline.data.index import ShardIndex
 from pipeline.data.store import ShardStore, read_meta
 from pipeline.engine.features import Extractor
 from pipeline.errors import UserError
+from pipeline.runtime.files import load_json
 from pipeline.runtime.rng import Stream, draw_permutation
 from pipeline.runtime.topology import Topology
 
@@ -67,10 +69,11 @@ def stream_moments(
             for name, member in members.items():
                 moments[name].add(features[torch.from_numpy(member[chosen])])
             bar.update(len(chosen))
-    return {name: _over_ranks(m, topology) for name, m in moments.items()}
+    return {name: over_ranks(m, topology) for name, m in moments.items()}
 
 
-def _over_ranks(moments: Moments, topology: Topology) -> Moments:
+def over_ranks(moments: Moments, topology: Topology) -> Moments:
+    """The moments of all ranks together."""
     return Moments.from_tensors(*(topology.sum_(tensor) for tensor in moments.to_tensors()))
 
 
@@ -84,6 +87,38 @@ def load_moments(path: Path) -> Moments:
     """Read what :func:`save_moments` wrote."""
     tensors = load_file(path)
     return Moments.from_tensors(tensors["n"], tensors["total"], tensors["outer"])
+
+
+def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """The reference's description and moments.
+
+    Raises:
+        UserError: it is missing or was made from other images.
+    """
+    try:
+        reference: dict[str, Any] = load_json(folder / "reference.json")
+        moments = {name: load_moments(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no readable reference ({error}); run `dvc repro reference`") from None
+    if reference["shard_index_sha256"] != real.sha256:
+        raise UserError(f"{folder} belongs to other shards than {real.folder}: run `dvc repro reference`")
+    return reference, moments
+
+
+def load_reconstruction_scores(path: Path, protocol: str) -> dict[str, float]:
+    """What the encode stage says of the first stage, to stand beside the scores of its samples.
+
+    Raises:
+        UserError: it is missing, or was measured with another extractor.
+    """
+    try:
+        content = load_json(path)
+        if content["protocol"] != protocol:
+            raise UserError(f"{path} was measured as `{content['protocol']}`: run `dvc repro encode` again")
+        names = ("fd_reconstruction", "fd_reconstruction_like_for_like", "psnr_reconstruction")
+        return {name: float(content[name]) for name in names}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no readable scores of reconstructions ({error}); run `dvc repro encode`") from None
 
 
 def mean_distance(first: list[Moments], second: list[Moments]) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ class TrainState:
         guide: the average as it was at an earlier time, for autoguidance; None before that, or where none is asked for.
     """
 
+    columns: ClassVar[tuple[str, ...]] = COLUMNS
+    norm_place: ClassVar[int] = LOGGED.index("grad_norm")
+
     network: nn.Module
     ema: EMA
     optimizer: torch.optim.Optimizer
@@ -40,6 +44,13 @@ class TrainState:
     sums: Tensor = field(default_factory=lambda: torch.zeros(NUM_SUMS, dtype=torch.float64))
     history: list[dict[str, float]] = field(default_factory=list)
     guide: dict[str, Tensor] | None = None
+
+    def means(self, sums: Sequence[float], images: float, steps: float) -> dict[str, float]:
+        """A row of the loss curve without its ends, from the sums over ranks since the last one."""
+        logged, totals, counts = sums[: len(LOGGED)], sums[len(LOGGED) : -len(QUARTILES)], sums[-len(QUARTILES) :]
+        divisors = (images, images, images, steps)
+        row = {name: total / divisor for name, total, divisor in zip(LOGGED, logged, divisors, strict=True)}
+        return row | {name: total / n for name, total, n in zip(QUARTILES, totals, counts, strict=True) if n}
 
     def tensors(self) -> dict[str, Any]:
         """What a resume needs beside `images_seen`, `history` and the average: tensors, numbers, dicts and lists."""

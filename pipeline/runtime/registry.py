@@ -52,8 +52,11 @@ def save_served_model(model: Path, folder: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    network = load_json(model / "model.json")["network"]
-    shape = (-1, network["channels"], network["image_size"], network["image_size"])
+    spec = load_json(model / "model.json")
+    first_stage = spec.get("first_stage")  # of a model of latents: it makes the images
+    channels = first_stage["network"]["channels"] if first_stage else spec["network"]["channels"]
+    size = (first_stage or spec["network"])["image_size"]
+    shape = (-1, channels, size, size)
     signature = ModelSignature(
         inputs=Schema([ColSpec("string", "label", required=False)]),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), shape)]),

@@ -39,6 +39,8 @@ class Stream(IntEnum):
     BALANCE = 18
     MIX = 19
     HELD_OUT = 20
+    POSTERIOR = 24  # of the autoencoder, in its own training
+    LATENT = 25  # of the autoencoder, in the training on its latents
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

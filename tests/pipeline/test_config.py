@@ -40,7 +40,7 @@ def test_the_shipped_params_are_valid() -> None:
         (
             "data:",
             "classifier: {poolin: mean}\ndata:",
-            ["classifier.poolin: unknown key", "known here: seed, held_out"],
+            ["classifier.poolin: unknown key", "known here: seed, total_images"],
         ),
         ("data:", "data: [", ["line", "not valid YAML"]),
     ],
