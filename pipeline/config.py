@@ -131,6 +131,11 @@ class EvaluateParams(Section):
     real_images: Annotated[int, Field(ge=10)]
 
 
+class LikelihoodParams(Section):
+    images: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -143,6 +148,7 @@ class Params(Section):
     train: TrainParams
     sample: SampleParams
     evaluate: EvaluateParams
+    likelihood: LikelihoodParams
 
     @model_validator(mode="after")
     def _eps_needs_signal(self) -> Params:
