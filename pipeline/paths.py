@@ -20,6 +20,7 @@ LOSS_CURVE = Path("plots/loss.csv")
 SAMPLES = Path("samples")
 SAMPLE_INDEX = SAMPLES / "index.json"
 SAMPLE_GRID = Path("plots/samples.png")
+DENOISING_FILM = Path("plots/denoising.png")
 EVALUATION = Path("evaluation")
 EVALUATE_METRICS = Path("metrics/evaluate.json")
 LIKELIHOOD = Path("likelihood")

@@ -43,13 +43,14 @@ class ImageSampler:
             return None
         return torch.tensor(self.classes, device=seeds.device)[seeds % len(self.classes)]
 
-    def __call__(self, seeds: Tensor) -> Tensor:
-        """(b,) int64 seeds on the network's device -> (b, c, h, w) uint8 there."""
+    def __call__(self, seeds: Tensor, callback: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+        """(b,) int64 seeds on the network's device -> (b, c, h, w) uint8 there; the callback is the method's."""
 
         def noise(k: int) -> Tensor:
             return draw_normal(self.seed, Stream.SAMPLE, seeds, self.shape, draw=k)
 
-        return to_uint8(self.method(noise(0), noise, condition=self.labels(seeds)))
+        watched = {} if callback is None else {"callback": callback}
+        return to_uint8(self.method(noise(0), noise, condition=self.labels(seeds), **watched))
 
 
 def generate_blocks(
