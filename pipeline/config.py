@@ -236,6 +236,11 @@ class EncodeParams(Section):
     shard_images: Positive
 
 
+class LikelihoodParams(Section):
+    images: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class Params(Section):
     """The whole of params.yaml. With `autoencoder` and `encode` the diffusion model works on latents."""
 
@@ -249,6 +254,7 @@ class Params(Section):
     order: OrderParams
     sample: SampleParams
     evaluate: EvaluateParams
+    likelihood: LikelihoodParams
     classifier: ClassifierParams | None = None
     autoencoder: AutoencoderParams | None = None
     encode: EncodeParams | None = None

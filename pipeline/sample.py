@@ -20,6 +20,7 @@ from pipeline.config import SampleParams, load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.checkpoint import image_form, load_model_spec, load_weights
+from pipeline.engine.film import draw_film
 from pipeline.engine.generate import GRID_ROWS, ImageSampler, generate_blocks, read_blocks
 from pipeline.errors import UserError
 from pipeline.first_stage import WEIGHTS_IN_MODEL, load_first_stage
@@ -34,6 +35,7 @@ from pipeline.runtime.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 SHARD_IMAGES = 10_000
+FILM_SAMPLES, FILM_COLUMNS = 4, 12
 
 
 def main() -> None:
@@ -57,6 +59,7 @@ def main() -> None:
             blocks = generate_blocks(sampler, folder, params.num_samples, machine.sample_batch, topology)
             if topology.is_main:
                 publish(sampler, spec, params, blocks)
+                publish_film(sampler, topology)
                 report(tracker, params, spec, time.monotonic() - started)
                 shutil.rmtree(folder)
             topology.barrier()
@@ -127,6 +130,13 @@ def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, b
         Image.fromarray(sampler.picture(np.stack(shown))).save(aside, format="PNG")
 
 
+def publish_film(sampler: ImageSampler, topology: Topology) -> None:
+    """Draw how the first samples came out of noise."""
+    film = draw_film(sampler, torch.arange(FILM_SAMPLES, device=topology.device), FILM_COLUMNS)
+    with whole_file(paths.DENOISING_FILM) as aside:
+        Image.fromarray(film).save(aside, format="PNG")
+
+
 def report(tracker: Tracker, params: SampleParams, spec: dict[str, Any], seconds: float) -> None:
     """What the model's run says of these samples; a later sampling of the same model replaces it."""
     step = int(spec["lineage"]["images_seen"])
@@ -134,6 +144,7 @@ def report(tracker: Tracker, params: SampleParams, spec: dict[str, Any], seconds
     tracker.set_tags({f"sample.{key}": str(value) for key, value in params.model_dump().items()})
     tracker.log_metrics({"sample/images_per_second": speed}, step, replace=True)
     tracker.log_artifact(paths.SAMPLE_GRID, "samples")
+    tracker.log_artifact(paths.DENOISING_FILM, "samples")
     log.info("sample: done, %s images at %.1f images/s, peak memory %.2f GiB a process",
              f"{params.num_samples:,}", speed, peak_memory_gib())  # fmt: skip
 

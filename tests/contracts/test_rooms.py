@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from pipeline.config import Params
 from pipeline.lineage import ROOT, source_files
 
-STAGES = ("fetch", "shard", "reference", "train", "sample", "evaluate")
+STAGES = ("fetch", "shard", "reference", "train", "sample", "evaluate", "likelihood")
 ALL_STAGES = [path.stem for path in (ROOT / "pipeline").glob("*.py") if "run_stage(main)" in path.read_text()]
 PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
 
@@ -109,4 +109,4 @@ def test_every_stage_runs_in_a_fresh_clone() -> None:
 
 
 def test_sampling_and_evaluation_settings_never_retrain() -> None:
-    assert not {"sample", "evaluate", "reference"} & set(PIPELINE["stages"]["train"]["params"])
+    assert not {"sample", "evaluate", "reference", "likelihood"} & set(PIPELINE["stages"]["train"]["params"])
