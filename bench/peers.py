@@ -1,10 +1,11 @@
 """Which peers there are, and the Python that can import each.
 
-diffusers is in the extra `bench`, beside the project. The others declare dependencies that the project has no use for
-(guided-diffusion-sdk wants blobfile and its chain, to read files from the cloud), so they live in an environment of
-their own, bench/.venv-peers, made here from bench/peers.txt without dependencies. It sees torch and the rest through a
-.pth file that names the site-packages of the Python running this: one torch on disk, and the very same kernels on
-every side of a comparison. Its own packages come first, so nothing in there can change the project's.
+diffusers is in the extra `bench`, and webdataset among the project's own. The others declare dependencies that the
+project has no use for (guided-diffusion-sdk wants blobfile and its chain, to read files from the cloud;
+mosaicml-streaming wants numpy below 2.2, transformers and torchvision), so they live in an environment of their own,
+bench/.venv-peers, made here from bench/peers.txt without dependencies. It sees torch and the rest through a .pth file
+that names the site-packages of the Python running this: one torch on disk, and the very same kernels on every side of a
+comparison. Its own packages come first, so nothing in there can change the project's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ PEERS = {
     "monai": ("monai", "monai"),
 }
 
+# The same for loaders (bench/loaders.py).
+LOADERS = {
+    "webdataset": ("webdataset", "webdataset"),
+    "mosaicml-streaming": ("streaming", "mosaicml-streaming"),
+    "litdata": ("litdata", "litdata"),
+}
+
 NOT_RUN = {
     "denoising-diffusion-pytorch 2.3.4": "imports torchvision at the top. torchvision 0.28.0, the release for torch "
     "2.13.0, does not import beside the CPU build of torch here (`RuntimeError: operator torchvision::nms does not "
@@ -45,7 +53,7 @@ def python_for(peer: str) -> str:
     Raises:
         RuntimeError: neither can, or the environment can't be made.
     """
-    module = PEERS[peer][0]
+    module = (PEERS | LOADERS)[peer][0]
     if importlib.util.find_spec(module) is not None:
         return sys.executable
     try:

@@ -30,7 +30,7 @@ from pipeline.runtime.files import load_json, save_json
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-HIGHER_IS_BETTER = {"images/s": True, "GFLOP/s": True, "s": False}
+HIGHER_IS_BETTER = {"images/s": True, "GFLOP/s": True, "s": False, "MB": False, "fair shares": False}
 QUIET_LOAD = 0.5  # a core
 
 

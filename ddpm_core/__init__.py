@@ -39,10 +39,19 @@ from ddpm_core.first_stage import (
     perceptual_distance,
     reparameterize,
 )
-from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
+from ddpm_core.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Denoiser, IntervalGuidance
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
-from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
+from ddpm_core.losses import (
+    LOSS_TYPES,
+    DiffusionLoss,
+    classifier_loss,
+    get_loss,
+    min_snr_weights,
+    p_losses,
+    weighted_loss,
+)
 from ddpm_core.nn.autoencoder import KLAutoencoder, PatchDiscriminator
+from ddpm_core.nn.classifier import NoisyClassifier
 from ddpm_core.nn.cost import Cost, count_cost
 from ddpm_core.nn.dit import DiT
 from ddpm_core.nn.network import DenoisingNetwork
@@ -87,9 +96,11 @@ __all__ = [
     "LOSS_TYPES",
     "PARAMETERIZATIONS",
     "SPACINGS",
+    "AutoGuidance",
     "BitsPerDim",
     "ClassEmbedding",
     "ClassifierFreeGuidance",
+    "ClassifierGuidance",
     "Colourise",
     "Condition",
     "Conditions",
@@ -104,12 +115,14 @@ __all__ = [
     "ExactEmbedding",
     "FirstStageLoss",
     "Inpaint",
+    "IntervalGuidance",
     "KLAutoencoder",
     "LatentScale",
     "LinearOperator",
     "LossAwareTimesteps",
     "NearestEmbedding",
     "NoiseSchedule",
+    "NoisyClassifier",
     "PatchDiscriminator",
     "QuantizedEmbedding",
     "Separable",
@@ -117,6 +130,7 @@ __all__ = [
     "UNet",
     "adaptive_weight",
     "bits_per_dim",
+    "classifier_loss",
     "composite",
     "count_cost",
     "discretised_gaussian_log_likelihood",

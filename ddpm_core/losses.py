@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -197,3 +198,30 @@ def p_losses(
     x0_predicted = to_x0(schedule, parameterization, prediction.detach(), x_t, t)
     loss_vlb = vlb_term(schedule, x0, x0_predicted, model_log_variance(schedule, v, t), t)
     return DiffusionLoss(parts.loss + schedule.num_timesteps / 1000 * loss_vlb, parts.loss_simple, loss_vlb)
+
+
+def classifier_loss(
+    classifier: Callable[[Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    labels: Tensor,
+) -> DiffusionLoss:
+    """Cross-entropy of a classifier that sees x_t and t: what trains the one of classifier guidance.
+
+    **Source**: Dhariwal and Nichol 2021, section 4: the noise is that of the diffusion model's training.
+
+    Args:
+        classifier: (x_t, t) -> (b, classes) logits.
+        schedule: the diffusion model's.
+        x0, noise: (b, ...).
+        t: (b,) int64 in [0, T).
+        labels: (b,) int64.
+
+    Returns:
+        the loss in nats, which is its own `loss_simple`; `loss_vlb` is 0.
+    """
+    logits = classifier(q_sample(schedule, x0, t, noise), t)
+    loss = functional.cross_entropy(logits.float(), labels, reduction="none")
+    return DiffusionLoss(loss, loss, torch.zeros_like(loss))

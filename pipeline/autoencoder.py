@@ -17,7 +17,7 @@ from pipeline.build import build_learning_rate, build_optimizer, build_precision
 from pipeline.config import AutoencoderParams, load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.loader import iterate_batches
-from pipeline.data.order import Order
+from pipeline.data.order import RandomOrder
 from pipeline.data.pixels import make_grid
 from pipeline.data.store import ShardStore
 from pipeline.engine.autoencoder import LOGGED, Adversary, AutoencoderPlan, AutoencoderState, AutoencoderStep
@@ -160,7 +160,7 @@ def run_loop(
     steps = range(state.images_seen // params.batch_size, -(-params.total_images // params.batch_size))
     on_gpu = topology.device.type == "cuda"
     batches = iterate_batches(
-        index, Order(index.num_images, params.seed),
+        [index], RandomOrder(index.num_images, params.seed),
         batch_size=params.batch_size, steps=steps, share=topology.slice_of(params.batch_size),
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
     )  # fmt: skip

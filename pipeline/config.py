@@ -111,6 +111,7 @@ class OptimizerParams(Section):
 
 
 class TrainParams(OptimizerParams):
+    guide_images: Positive | None
     label_dropout: Share
     horizontal_flip: bool
     loss_type: Literal["l1", "l2", "huber"]
@@ -129,6 +130,52 @@ class TrainParams(OptimizerParams):
             raise ValueError("l_simple_weight and original_elbo_weight are both 0, so there is nothing to minimise")
         return self
 
+    @model_validator(mode="after")
+    def _guide_is_reached(self) -> TrainParams:
+        if self.guide_images is not None and self.guide_images > self.total_images:
+            raise ValueError(f"guide_images is {self.guide_images}, more than the {self.total_images} of total_images")
+        return self
+
+
+class ClassifierParams(OptimizerParams):
+    """Of the recipes with classifier guidance."""
+
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)]
+    horizontal_flip: bool
+    precision: Literal["float32", "bfloat16", "auto"]
+    log_every_images: Positive
+    checkpoint_every_images: Positive
+    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channel_multipliers: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"]
+    num_blocks: Positive
+    attention_resolutions: list[Positive]
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    pooling: Literal["attention", "mean"]
+
+
+class MixedSet(Section):
+    """One of several shard sets to draw from."""
+
+    shards: str
+    weight: Annotated[float, Field(gt=0.0)]
+
+
+class OrderParams(Section):
+    kind: Literal["random", "windowed"]
+    lanes: Positive
+    window_images: Positive
+    class_balanced: bool
+    mix: Annotated[list[MixedSet], Field(min_length=1)] | None
+
+    @model_validator(mode="after")
+    def _balance_is_random(self) -> OrderParams:
+        if self.class_balanced and self.kind == "windowed":
+            raise ValueError(
+                "class_balanced is true, but kind is windowed: classes lie in different shards, so that no rank could "
+                "stay with few; use kind: random, or one shard set a class and order.mix"
+            )
+        return self
+
 
 class SampleParams(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -138,7 +185,18 @@ class SampleParams(Section):
     spacing: Literal["trailing", "leading", "linspace", "quad", "logsnr"]
     eta: Share
     guidance: float
+    guidance_interval: Annotated[list[Annotated[float, Field(ge=0.0)]], Field(min_length=2, max_length=2)] | None
+    autoguidance: float
+    classifier_scale: float
     dynamic_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None
+
+    @model_validator(mode="after")
+    def _guidance_is_one(self) -> SampleParams:
+        if self.autoguidance != 1 and self.guidance not in (0, 1):
+            raise ValueError("autoguidance and guidance are both on: set guidance to 1, or to 0, or autoguidance to 1")
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}, expected two rising noise levels")
+        return self
 
 
 class EvaluateParams(Section):
@@ -178,6 +236,11 @@ class EncodeParams(Section):
     shard_images: Positive
 
 
+class LikelihoodParams(Section):
+    images: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class Params(Section):
     """The whole of params.yaml. With `autoencoder` and `encode` the diffusion model works on latents."""
 
@@ -188,8 +251,11 @@ class Params(Section):
     schedule: ScheduleParams
     model: ModelParams
     train: TrainParams
+    order: OrderParams
     sample: SampleParams
     evaluate: EvaluateParams
+    likelihood: LikelihoodParams
+    classifier: ClassifierParams | None = None
     autoencoder: AutoencoderParams | None = None
     encode: EncodeParams | None = None
 
@@ -202,6 +268,8 @@ class Params(Section):
                              "use autoencoder.horizontal_flip")  # fmt: skip
         if self.encode is not None and self.sample.dynamic_threshold is not None:
             raise ValueError("sample.dynamic_threshold is for pixels: latents have no [-1, 1] to return to; set null")
+        if self.encode is not None and self.order.mix:
+            raise ValueError("order.mix names shards of pixels, and the latents are one set: use null")
         if self.encode is not None and self.model.context != "none":
             raise ValueError(
                 f"model.context is {self.model.context}, which is made of pixels, not of latents: use none"

@@ -15,11 +15,12 @@ from ddpm_core import NoiseSchedule
 from pipeline.build import build_context, build_network, build_sampler, build_schedule
 from pipeline.config import SampleParams
 from pipeline.data.pixels import to_unit_range
-from pipeline.engine.checkpoint import load_model_spec, load_weights
+from pipeline.engine.checkpoint import GUIDE_NAME, load_model_spec, load_weights
 from pipeline.engine.context import Context, to_condition
 from pipeline.engine.latents import FirstStage
 from pipeline.errors import UserError
 from pipeline.first_stage import WEIGHTS_IN_MODEL, load_first_stage
+from pipeline.guides import load_classifier, load_guide
 from pipeline.runtime.registry import fetch_model, is_model_uri
 from pipeline.runtime.rng import Stream, draw_normal
 
@@ -32,12 +33,19 @@ class TrainedModel:
         network: with its weights, on the device where samples are drawn.
         schedule: on that device.
         first_stage: of a model of latents, on that device too.
+        guides: what guides it beside its own classes, as `build_guidance` takes it: `guide`, `classifier`.
     """
 
     def __init__(
-        self, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule, first_stage: FirstStage | None = None
+        self,
+        spec: dict[str, Any],
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        first_stage: FirstStage | None = None,
+        **guides: nn.Module,
     ) -> None:
-        self.spec, self.network, self.schedule, self.first_stage = spec, network, schedule, first_stage
+        self.spec, self.network, self.schedule = spec, network, schedule
+        self.first_stage, self.guides = first_stage, guides
         self.classes: tuple[str, ...] = tuple(spec["classes"])
 
     def sample(
@@ -49,6 +57,9 @@ class TrainedModel:
         sampler: Literal["ddim", "ddpm", "dpm_solver", "heun"] = "ddim",
         steps: int = 25,
         guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        autoguidance: float = 1.0,
+        classifier_scale: float = 0.0,
         context: Tensor | NDArray[np.uint8] | None = None,
         mask: Tensor | NDArray[np.bool_] | None = None,
     ) -> Tensor:
@@ -59,7 +70,7 @@ class TrainedModel:
                 in particular, and for a model without classes.
             num_images: how many without labels; labels say it themselves.
             seed: in [0, 2**32).
-            sampler, steps, guidance: as in params.yaml.
+            sampler, steps, guidance, guidance_interval, autoguidance, classifier_scale: as in params.yaml.
             context: for a model with a context, and only for one, uint8 (n, c, h, w): small images to enlarge, grey
                 ones (c of 1) to colour, or ones to paint into. They say how many images there are.
             mask: for painting, bool (n, 1, h, w): true where pixels are missing; the others come back as they are.
@@ -72,9 +83,10 @@ class TrainedModel:
         """
         params = SampleParams(
             seed=seed, num_samples=2, sampler=sampler, steps=steps, spacing="trailing", eta=0.0, guidance=guidance,
-            dynamic_threshold=None,
+            guidance_interval=None if guidance_interval is None else list(guidance_interval),
+            autoguidance=autoguidance, classifier_scale=classifier_scale, dynamic_threshold=None,
         )  # fmt: skip
-        draw = build_sampler(params, self.spec, self.network, self.schedule, first_stage=self.first_stage)
+        draw = build_sampler(params, self.spec, self.network, self.schedule, None, self.first_stage, **self.guides)
         device = self.schedule.betas.device
         named = None if labels is None else [self._number(label) for label in labels]
         numbers = torch.tensor(named, device=device) if named and self.classes else None
@@ -126,7 +138,9 @@ def resolve_model(place: str | Path) -> Path:
     return fetch_model(str(place)) if is_model_uri(place) else Path(place)
 
 
-def load_model(place: str | Path = "model", device: torch.device | str = "cpu") -> TrainedModel:
+def load_model(
+    place: str | Path = "model", device: torch.device | str = "cpu", *, classifier: str | Path | None = None
+) -> TrainedModel:
     """The model in a folder or in MLflow, ready to sample.
 
     Args:
@@ -134,14 +148,19 @@ def load_model(place: str | Path = "model", device: torch.device | str = "cpu") 
             latents also `first_stage.safetensors`. Or an address such as `models:/ddpm-pipeline@best` or
             `runs:/ID/registered_model`, looked up at `MLFLOW_TRACKING_URI`, or else in `mlflow.db` here.
         device: where to draw samples.
+        classifier: the classifier stage's output, for `classifier_scale`; None for none. The guide that `autoguidance`
+            needs lies in the model's folder, where it was trained with one.
 
     Raises:
-        UserError: there is no model, or one of another format, or other first-stage weights than its own.
+        UserError: there is no model, or one of another format, or what comes with it does not belong to it.
     """
-    folder = resolve_model(place)
+    folder, device = resolve_model(place), torch.device(device)
     spec = load_model_spec(folder)
     network = build_network(spec)
     load_weights(folder, network)
+    guides = {"guide": load_guide(folder, spec, device)} if (folder / GUIDE_NAME).is_file() else {}
+    if classifier is not None:
+        guides["classifier"] = load_classifier(Path(classifier), spec, device)
     network.to(device).eval().requires_grad_(False)
     first_stage = load_first_stage(spec, folder / WEIGHTS_IN_MODEL, device)
-    return TrainedModel(spec, network, build_schedule(spec).to(device), first_stage)
+    return TrainedModel(spec, network, build_schedule(spec).to(device), first_stage, **guides)

@@ -20,9 +20,11 @@ from pipeline.config import SampleParams, load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.checkpoint import image_form, load_model_spec, load_weights
+from pipeline.engine.film import draw_film
 from pipeline.engine.generate import GRID_ROWS, ImageSampler, generate_blocks, read_blocks
 from pipeline.errors import UserError
 from pipeline.first_stage import WEIGHTS_IN_MODEL, load_first_stage
+from pipeline.guides import load_guides
 from pipeline.lineage import stage_key
 from pipeline.machine import load_machine
 from pipeline.runtime.files import locked_folder, sha256_file, whole_file
@@ -33,6 +35,7 @@ from pipeline.runtime.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 SHARD_IMAGES = 10_000
+FILM_SAMPLES, FILM_COLUMNS = 4, 12
 
 
 def main() -> None:
@@ -40,9 +43,8 @@ def main() -> None:
     params, machine = load_params().sample, load_machine()
     restart_under_torchrun("pipeline.sample", machine)
     spec = load_model_spec(paths.MODEL)
-    weights = sha256_file(paths.MODEL / "weights.safetensors")
     images = load_context_images(spec)
-    inputs = {"weights": weights, "spec": sha256_file(paths.MODEL / "model.json")}
+    inputs = {name: sha256_file(path) for name, path in input_files(params).items()}
     key = stage_key("pipeline.sample", [params], inputs | ({} if images is None else {"shards": images.sha256}))
     folder = machine.state / "sample" / f"{key}-{machine.sample_batch}"
     with start_topology(machine) as topology:
@@ -57,6 +59,7 @@ def main() -> None:
             blocks = generate_blocks(sampler, folder, params.num_samples, machine.sample_batch, topology)
             if topology.is_main:
                 publish(sampler, spec, params, blocks)
+                publish_film(sampler, topology)
                 report(tracker, params, spec, time.monotonic() - started)
                 shutil.rmtree(folder)
             topology.barrier()
@@ -77,6 +80,17 @@ def load_context_images(spec: dict[str, Any]) -> ShardIndex | None:
     return images
 
 
+def input_files(params: SampleParams) -> dict[str, Path]:
+    """The files that reach the samples, by name."""
+    files = {"weights": paths.MODEL / "weights.safetensors", "spec": paths.MODEL / "model.json"}
+    others = {
+        "guide": (params.autoguidance != 1, paths.MODEL / "guide.safetensors"),
+        "classifier": (params.classifier_scale != 0, paths.CLASSIFIER / "weights.safetensors"),
+        "classifier_spec": (params.classifier_scale != 0, paths.CLASSIFIER / "model.json"),
+    }
+    return files | {name: path for name, (asked, path) in others.items() if asked and path.is_file()}
+
+
 def load_sampler(
     params: SampleParams,
     spec: dict[str, Any],
@@ -88,8 +102,10 @@ def load_sampler(
     network = build_network(spec)
     load_weights(paths.MODEL, network)
     place_network(network, topology.device, channels_last).eval().requires_grad_(False)
+    guides = load_guides(params, spec, topology.device, model=paths.MODEL, classifier=paths.CLASSIFIER)
     first_stage = load_first_stage(spec, paths.MODEL / WEIGHTS_IN_MODEL, topology.device)
-    return build_sampler(params, spec, network, build_schedule(spec).to(topology.device), images, first_stage)
+    schedule = build_schedule(spec).to(topology.device)
+    return build_sampler(params, spec, network, schedule, images, first_stage, **guides)
 
 
 def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, blocks: list[Path]) -> None:
@@ -114,6 +130,13 @@ def publish(sampler: ImageSampler, spec: dict[str, Any], params: SampleParams, b
         Image.fromarray(sampler.picture(np.stack(shown))).save(aside, format="PNG")
 
 
+def publish_film(sampler: ImageSampler, topology: Topology) -> None:
+    """Draw how the first samples came out of noise."""
+    film = draw_film(sampler, torch.arange(FILM_SAMPLES, device=topology.device), FILM_COLUMNS)
+    with whole_file(paths.DENOISING_FILM) as aside:
+        Image.fromarray(film).save(aside, format="PNG")
+
+
 def report(tracker: Tracker, params: SampleParams, spec: dict[str, Any], seconds: float) -> None:
     """What the model's run says of these samples; a later sampling of the same model replaces it."""
     step = int(spec["lineage"]["images_seen"])
@@ -121,6 +144,7 @@ def report(tracker: Tracker, params: SampleParams, spec: dict[str, Any], seconds
     tracker.set_tags({f"sample.{key}": str(value) for key, value in params.model_dump().items()})
     tracker.log_metrics({"sample/images_per_second": speed}, step, replace=True)
     tracker.log_artifact(paths.SAMPLE_GRID, "samples")
+    tracker.log_artifact(paths.DENOISING_FILM, "samples")
     log.info("sample: done, %s images at %.1f images/s, peak memory %.2f GiB a process",
              f"{params.num_samples:,}", speed, peak_memory_gib())  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from pipeline.build import (
     build_learning_rate,
     build_network,
     build_optimizer,
+    build_order,
     build_precision,
     build_sampler,
     build_schedule,
@@ -29,9 +30,8 @@ from pipeline.build import (
     place_network,
 )
 from pipeline.config import Params, SampleParams, load_params
-from pipeline.data.index import ShardIndex, load_index
+from pipeline.data.index import ShardIndex, load_indexes
 from pipeline.data.loader import iterate_batches
-from pipeline.data.order import Order
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.generate import GRID_ROWS
 from pipeline.engine.loop import LoopPlan, Observers, save_curve, train
@@ -42,7 +42,7 @@ from pipeline.errors import UserError
 from pipeline.first_stage import WEIGHTS, WEIGHTS_IN_MODEL, LatentSet, build_x0, load_first_stage, load_latents
 from pipeline.lineage import source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
-from pipeline.runtime.files import locked_folder, save_json
+from pipeline.runtime.files import locked_folder, save_json, sha256_json
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
@@ -50,8 +50,9 @@ from pipeline.runtime.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 PREVIEW = SampleParams(
-    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, dynamic_threshold=None
-)  # of the pictures drawn while training; no parameter of the stage, as they change no result
+    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, guidance_interval=None,
+    autoguidance=1.0, classifier_scale=0.0, dynamic_threshold=None,
+)  # fmt: skip # of the pictures drawn while training; no parameter of the stage, as they change no result
 
 
 def main() -> None:
@@ -60,60 +61,68 @@ def main() -> None:
     restart_under_torchrun("pipeline.train", machine)
     stop = StopRequest()
     latents = load_latents() if params.encode else None
-    index = latents.index if latents else load_index(paths.SHARDS)
-    spec = make_model_spec(params, index, latents.spec if latents else None)
+    sets = [entry.shards for entry in params.order.mix] if params.order.mix else [paths.SHARDS]
+    indexes = [latents.index] if latents else load_indexes(sets)
+    spec = make_model_spec(params, *indexes, first_stage=latents.spec if latents else None)
     with start_topology(machine) as topology:
         dtype = build_precision(params.train.precision, topology.device)
-        lineage = make_lineage(params, index, dtype, latents)
+        lineage = make_lineage(params, indexes, dtype, latents)
         checkpoints = CheckpointFolder(machine.state / "train" / lineage["train_key"])
         with (
             locked_folder(checkpoints.root) if topology.is_main else nullcontext(),
-            open_run(params, machine, topology, index, lineage) as tracker,
+            open_run(params, machine, topology, indexes, lineage) as tracker,
         ):
             step = make_step(params, machine, topology, spec, dtype)
             if topology.is_main:
                 report_cost(step.state.network, spec, tracker)
             checkpoints.resume(step.state, topology, step.plan.section)
-            run_loop(step, params, machine, topology, index, spec, checkpoints, tracker, stop)
+            run_loop(step, params, machine, topology, indexes, spec, checkpoints, tracker, stop)
             if topology.is_main:
                 publish(step.state, spec, lineage, tracker)
             topology.barrier()
 
 
 def make_lineage(
-    params: Params, index: ShardIndex, dtype: torch.dtype, latents: LatentSet | None = None
+    params: Params, indexes: Sequence[ShardIndex], dtype: torch.dtype, latents: LatentSet | None = None
 ) -> dict[str, Any]:
     """Where the model comes from; its `train_key` names the resume state and the MLflow run."""
-    sections = (params.schedule, params.model, params.train)
+    sections = (params.schedule, params.model, params.train, params.order)
+    hashes = [index.sha256 for index in indexes]
+    shards = hashes[0] if len(hashes) == 1 else sha256_json(hashes)
     precision = str(dtype).removeprefix("torch.")
-    inputs = {"shards": index.sha256, "precision": precision} | ({"latents": latents.sha256} if latents else {})
+    inputs = {"shards": shards, "precision": precision} | ({"latents": latents.sha256} if latents else {})
     return {
         "train_key": stage_key("pipeline.train", sections, inputs),
         "precision": precision,
-        "shard_index_sha256": index.sha256,
+        "shard_index_sha256": shards,
         "code_sha256": source_sha256("pipeline.train"),
         "train": params.train.model_dump(mode="json"),
+        "order": params.order.model_dump(mode="json"),
     }
 
 
 def open_run(
-    params: Params, machine: Machine, topology: Topology, index: ShardIndex, lineage: dict[str, Any]
+    params: Params, machine: Machine, topology: Topology, indexes: Sequence[ShardIndex], lineage: dict[str, Any]
 ) -> Tracker:
     """The model's MLflow run, with what is known before the first step; silent on other ranks."""
+    index = indexes[0]
     name = f"{index.num_classes or 'no'}-class-{index.image_size}px-{lineage['train_key'][:6]}"
     tags = {
-        "shard_index_sha256": index.sha256,
+        "shard_index_sha256": lineage["shard_index_sha256"],
         "precision": lineage["precision"],
         **describe_run(topology, "pipeline.train"),
     }
     tracker = open_tracker(
         machine.state, lineage["train_key"], run_name=name, tags=tags, enabled=topology.is_main and machine.tracking
     )
-    sections: Mapping[str, Any] = params.model_dump(mode="json", include={"schedule", "model", "train"})
+    sections: Mapping[str, Any] = params.model_dump(mode="json", include={"schedule", "model", "train", "order"})
     tracker.log_params({f"{s}.{key}": value for s, content in sections.items() for key, value in content.items()})
-    data = {"num_images": index.num_images, "num_classes": index.num_classes, "image_size": index.image_size}
+    num_images = sum(one.num_images for one in indexes)
+    data = {"num_images": num_images, "num_classes": index.num_classes, "image_size": index.image_size}
     tracker.log_params({f"data.{key}": value for key, value in {"raw": params.data.raw, **data}.items()})
-    tracker.set_dataset(Path(params.data.raw).name, index.sha256[:16], source=params.data.raw, profile=data)
+    tracker.set_dataset(
+        Path(params.data.raw).name, lineage["shard_index_sha256"][:16], source=params.data.raw, profile=data
+    )
     return tracker
 
 
@@ -153,6 +162,7 @@ def make_step(
         to_x0=build_x0(spec, config.seed),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
         context=build_context(spec),
+        guide_images=config.guide_images,
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
 
@@ -172,7 +182,7 @@ def run_loop(
     params: Params,
     machine: Machine,
     topology: Topology,
-    index: ShardIndex,
+    indexes: Sequence[ShardIndex],
     spec: dict[str, Any],
     checkpoints: CheckpointFolder,
     tracker: Tracker,
@@ -183,13 +193,13 @@ def run_loop(
     steps = range(state.images_seen // config.batch_size, -(-config.total_images // config.batch_size))
     on_gpu = topology.device.type == "cuda"
     batches = iterate_batches(
-        index, Order(index.num_images, config.seed),
+        indexes, build_order(params, indexes),
         batch_size=config.batch_size, steps=steps, share=topology.slice_of(config.batch_size),
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
     first_stage = load_first_stage(spec, paths.FIRST_STAGE / WEIGHTS, topology.device)
-    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, index, first_stage)
+    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, indexes[0], first_stage)
 
     def preview(images_seen: int) -> None:
         pixels = sampler(torch.arange(GRID_ROWS * sampler.columns, device=topology.device))
@@ -208,7 +218,8 @@ def run_loop(
 def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:
     """Write the stage's outputs: equal training gives equal bytes."""
     files = {WEIGHTS_IN_MODEL: paths.FIRST_STAGE / WEIGHTS} if "first_stage" in spec else {}
-    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen}, files=files)
+    lineage = {**lineage, "images_seen": state.images_seen}
+    save_model(paths.MODEL, state.ema.network, spec, lineage, guide=state.guide, files=files)
     save_curve(paths.LOSS_CURVE, state)
     parameters = sum(p.numel() for p in state.network.parameters())
     save_json(paths.TRAIN_METRICS, {**state.history[-1], "parameters": parameters})

@@ -59,16 +59,25 @@ def make_latent_project(folder: Path, **changes: Any) -> Path:
 
 
 def make_project(
-    folder: Path, *, num_images: int = 120, num_classes: int = 3, optional: dict[str, Any] | None = None, **changes: Any
+    folder: Path,
+    *,
+    num_images: int = 120,
+    num_classes: int = 3,
+    recipe: str = "",
+    optional: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Path:
     """A copy of the pipeline in `folder` with `num_images` digits in `images/`; `optional` sections are added to
-    params.yaml; `changes` like train__seed=1."""
+    params.yaml; `changes` like train__seed=1.
+
+    With a `recipe` such as recipes/guided the parameters and dvc.yaml are that recipe's; it is not moved there.
+    """
     for name in ("pipeline", "ddpm_core"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dvc.yaml", folder)
+    shutil.copy(ROOT / recipe / "dvc.yaml", folder)
     shutil.copy(ROOT / ".dvcignore", folder)
     yaml = YAML()
-    params = yaml.load((ROOT / "params.yaml").read_text())
+    params = yaml.load((ROOT / recipe / "params.yaml").read_text())
     params.update(optional or {})
     for key, value in {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}.items():
         section, name = key.split(".")

@@ -93,6 +93,18 @@ class MixtureWorld(World):
         odds = torch.sigmoid(log_first - log_second + math.log(self.weight / (1 - self.weight)))
         return odds * first + (1 - odds) * second
 
+    def classifier(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """log p(x_t, y) for each component y, of (b, 1) x_t: the exact logits of p(y | x_t)."""
+        signal = at(self.schedule.sqrt_alphas_cumprod, t, x_t).double()
+        sigma = at(self.schedule.sqrt_one_minus_alphas_cumprod, t, x_t).double()
+        variance = signal**2 * self.deviation**2 + sigma**2
+        shares = torch.tensor([self.weight, 1 - self.weight], dtype=torch.float64).log()
+        return shares - (x_t - signal * torch.tensor(self.means, dtype=torch.float64)) ** 2 / (2 * variance)
+
+    def component(self, y: int) -> GaussianWorld:
+        """The data of one component."""
+        return GaussianWorld(self.schedule, self.means[y], self.deviation)
+
     def moments(self) -> list[float]:
         """E[x0], E[x0^2], E[x0^3], E[x0^4]."""
         d = self.deviation

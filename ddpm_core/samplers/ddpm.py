@@ -36,7 +36,8 @@ def sample_ddpm(
 
     **Source**: Ho et al. 2020, algorithm 2; with fewer steps than T, the posterior of the shorter chain that visits
     only those (Nichol and Dhariwal 2021, section 4). Variance as the schedule's `v_posterior` says, or as the network
-    does, between the bounds of that shorter chain (the same, equation 15).
+    does, between the bounds of that shorter chain (the same, equation 15). Classifier guidance shifts the mean by
+    scale * variance * grad log p(y | x_t) (Dhariwal and Nichol 2021, algorithm 1), after clipping.
 
     Args:
         denoiser: the network, or a guided one.
@@ -64,13 +65,15 @@ def sample_ddpm(
     chain = Chain(
         denoiser, schedule, x_noisy, condition=condition, parameterization=parameterization,
         learned_variance=learned_variance, num_steps=num_steps, spacing=spacing, clip_denoised=clip_denoised,
-        dynamic_threshold=dynamic_threshold,
+        dynamic_threshold=dynamic_threshold, mean_shift=True,
     )  # fmt: skip
     x = x_noisy
     for k, step in enumerate(chain.steps, start=1):
-        x0, v = chain.predict(k, x)
+        (x0, v), gradient = chain.predict(k, x), chain.gradient(k, x)
         of_x0, of_x = _mean_weights(step)
         x = torch.mul(x0, of_x0, out=x0 if callback is None else None).add_(x, alpha=of_x)
+        if gradient is not None:
+            x.add_(gradient * _drawn_variance(step, v, schedule.v_posterior))
         if step.prev_sigma > 0:  # the last step adds no noise
             if v is None:
                 x.add_(noise(k), alpha=math.sqrt(_variance(step, schedule.v_posterior)))
@@ -91,6 +94,13 @@ def _variance(step: Step, v_posterior: float) -> float:
     """beta_tilde of the visited chain at 0, its beta at 1."""
     beta_tilde = step.prev_sigma**2 / step.sigma**2 * step.beta
     return (1 - v_posterior) * beta_tilde + v_posterior * step.beta
+
+
+def _drawn_variance(step: Step, v: Tensor | None, v_posterior: float) -> Tensor | float:
+    """Of the step's noise: fixed, or what the network says; at the end of the chain its lower bound, 0, then holds."""
+    if v is None:
+        return _variance(step, v_posterior)
+    return _learned_deviation(step, v).square() if step.prev_sigma > 0 else 0.0
 
 
 def _learned_deviation(step: Step, v: Tensor) -> Tensor:

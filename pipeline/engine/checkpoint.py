@@ -24,6 +24,7 @@ from pipeline.runtime.topology import Topology
 
 log = logging.getLogger(__name__)
 MODEL_FORMAT = 2
+WEIGHTS_NAME, GUIDE_NAME = "weights.safetensors", "guide.safetensors"
 
 
 class CheckpointFolder:
@@ -111,6 +112,7 @@ def save_model(
     spec: dict[str, Any],
     lineage: dict[str, Any],
     *,
+    guide: dict[str, Tensor] | None = None,
     files: Mapping[str, Path] | None = None,
 ) -> None:
     """The finished model: `weights.safetensors` and `model.json`, byte-equal for equal training.
@@ -119,12 +121,15 @@ def save_model(
         folder: replaced if it exists.
         network: whose weights.
         spec, lineage: what model.json says.
+        guide: weights of a guide, for `guide.safetensors`.
         files: name -> what else to copy, so that the folder needs no other.
     """
     with whole_folder(folder) as aside:
         for name, path in (files or {}).items():
             shutil.copyfile(path, aside / name)
-        save_file(_contiguous(network.state_dict()), aside / "weights.safetensors")
+        save_file(_contiguous(network.state_dict()), aside / WEIGHTS_NAME)
+        if guide is not None:
+            save_file(_contiguous(guide), aside / GUIDE_NAME)
         save_json(aside / "model.json", {"format": MODEL_FORMAT, **spec, "lineage": lineage})
 
 
@@ -151,6 +156,6 @@ def image_form(spec: Mapping[str, Any]) -> tuple[int, int]:
     return spec["network"]["channels"], spec["network"]["image_size"]
 
 
-def load_weights(folder: Path, network: nn.Module, name: str = "weights.safetensors") -> None:
-    """Put the weights of a model folder into a network of the same shape."""
+def load_weights(folder: Path, network: nn.Module, name: str = WEIGHTS_NAME) -> None:
+    """Put `weights.safetensors` of a model folder, or another file of it, into a network of the same shape."""
     network.load_state_dict(load_file(folder / name))

@@ -62,14 +62,15 @@ class ImageSampler:
             return self.contexts.labels(seeds)
         return torch.tensor(self.classes, device=seeds.device)[seeds % len(self.classes)]
 
-    def __call__(self, seeds: Tensor) -> Tensor:
-        """(b,) int64 seeds on the network's device -> (b, c, h, w) uint8 there."""
+    def __call__(self, seeds: Tensor, callback: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+        """(b,) int64 seeds on the network's device -> (b, c, h, w) uint8 there; the callback is the method's."""
 
         def noise(k: int) -> Tensor:
             return draw_normal(self.seed, Stream.SAMPLE, seeds, self.shape, draw=k)
 
         context = None if self.contexts is None else self.contexts(seeds)
-        x = self.method(noise(0), noise, condition=to_condition(self.labels(seeds), context))
+        watched = {} if callback is None else {"callback": callback}
+        x = self.method(noise(0), noise, condition=to_condition(self.labels(seeds), context), **watched)
         return self.to_pixels(x if context is None else context.complete(x))
 
     def to_pixels(self, x: Tensor) -> Tensor:

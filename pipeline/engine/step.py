@@ -35,6 +35,7 @@ class OptimizerPlan:
         dtype: of matrix work.
         learning_rate: images seen -> rate.
         compile: compile the network.
+        guide_images: images seen after which a copy of the average is kept; None for none.
         section: of params.yaml, in messages and names of curves.
     """
 
@@ -45,6 +46,7 @@ class OptimizerPlan:
     dtype: torch.dtype
     learning_rate: Callable[[int], float]
     compile: bool = False
+    guide_images: int | None = None
     section: str = "train"
 
 
@@ -60,6 +62,7 @@ class StepPlan(OptimizerPlan):
         timesteps: `timesteps(u, places, T)` -> (b,) int64 diffusion steps, from (b,) numbers in [0, 1) and the images'
             places in the global order.
         to_x0: `to_x0(stored, places)` -> (b, ...) data, from what the loader gives and the places.
+        context: what makes the clean channels beside the image; None for a model without.
     """
 
     null_label: int | None
@@ -100,6 +103,8 @@ class OptimizerStep:
         # Equal on every rank: each adds its share, so that the sum over ranks counts the norm once.
         state.sums[state.norm_place] += norm.detach() / self.topology.world_size
         state.images_seen += plan.batch_size
+        if plan.guide_images is not None and state.guide is None and state.images_seen >= plan.guide_images:
+            state.guide = {name: value.clone() for name, value in state.ema.network.state_dict().items()}
 
     def _local_gradients(self) -> AbstractContextManager[object]:
         """All but the last micro-batch: gradients stay on this rank."""

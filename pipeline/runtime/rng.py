@@ -10,7 +10,7 @@ image's place in the training order, or a sample's seed.
 from __future__ import annotations
 
 import math
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
+@unique
 class Stream(IntEnum):
     """What a number is for. Two purposes never share numbers."""
 
@@ -34,8 +35,16 @@ class Stream(IntEnum):
     CONTEXT = 9
     SAMPLE_CONTEXT = 10
     SAMPLE_IMAGE = 11
+    SHARDS = 16
+    WINDOW = 17
+    BALANCE = 18
+    MIX = 19
+    HELD_OUT = 20
     POSTERIOR = 24  # of the autoencoder, in its own training
     LATENT = 25  # of the autoencoder, in the training on its latents
+    LIKELIHOOD = 28
+    RESTORE = 29
+    DEGRADE = 30
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Class labels, several conditions, clean context, and guidance."""
+"""Class labels, several conditions, and clean context."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from torch import nn
 
 from ddpm_core import (
     ClassEmbedding,
-    ClassifierFreeGuidance,
     Condition,
     Conditions,
     ContextConcat,
@@ -46,26 +45,6 @@ def test_dropping_leaves_the_callers_labels_alone() -> None:
     labels = torch.tensor([0, 1, 2])
     assert drop_labels(labels, torch.tensor([True, False, True]), 3).tolist() == [3, 1, 3]
     assert labels.tolist() == [0, 1, 2]
-
-
-class Recorder:
-    """A denoiser whose output is its label, and which counts images."""
-
-    def __init__(self) -> None:
-        self.images = 0
-
-    def __call__(self, x_t, t, labels):
-        self.images += len(x_t)
-        return labels[:, None].expand_as(x_t).float()
-
-
-@pytest.mark.parametrize(("scale", "expected", "images"), [(0.0, 10.0, 2), (1.0, 4.0, 2), (3.0, 10 + 3 * (4 - 10), 4)])
-def test_guidance_follows_its_convention_on_every_channel_at_no_extra_cost(scale, expected, images) -> None:
-    denoiser = Recorder()
-    guided = ClassifierFreeGuidance(denoiser, scale, null_label=10)
-    out = guided(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.tensor([4, 4]))
-    assert out.tolist() == [[expected] * 3] * 2
-    assert denoiser.images == images
 
 
 def two_conditions() -> Conditions:

@@ -10,6 +10,7 @@ import torch
 import ddpm_core
 from pipeline.build import (
     build_context,
+    build_guidance,
     build_learning_rate,
     build_network,
     build_precision,
@@ -28,7 +29,7 @@ PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 
 def index(size: int = 8, classes: int = 10) -> SimpleNamespace:
     names, labels = tuple(map(str, range(classes))), np.repeat(np.arange(classes or 1) if classes else [-1], 3)
-    return SimpleNamespace(image_size=size, channels=1, num_classes=classes, classes=names, samples={"label": labels})
+    return SimpleNamespace(image_size=size, channels=1, num_classes=classes, classes=names, labels=labels)
 
 
 def changed(section: str, **values: object) -> Params:
@@ -213,8 +214,13 @@ def test_a_context_that_the_images_do_not_allow_is_refused(values: dict, message
         make_model_spec(changed("model", **values), index())
 
 
-def test_guidance_beside_a_context_is_refused() -> None:
+def test_guidance_beside_a_context_drops_the_label_and_keeps_the_context() -> None:
     spec = make_model_spec(changed("model", context="inpaint", base_channels=8), index())
     sample = PARAMS.sample.model_copy(update={"guidance": 2.0})
-    with pytest.raises(UserError, match="the model has a context"):
-        build_sampler(sample, spec, build_network(spec), build_schedule(spec))
+    denoiser = build_guidance(sample, spec, build_network(spec), build_schedule(spec))
+    assert isinstance(denoiser, ddpm_core.ClassifierFreeGuidance)
+    assert denoiser.null == {"label": len(spec["classes"])}
+    with pytest.raises(UserError, match="classifier_scale is for models without a context"):
+        build_guidance(
+            sample.model_copy(update={"classifier_scale": 1.0}), spec, build_network(spec), build_schedule(spec)
+        )

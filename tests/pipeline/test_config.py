@@ -33,12 +33,22 @@ def test_the_shipped_params_are_valid() -> None:
         ("num_heads: auto", "num_heads: 0", ["model.num_heads", "'auto'"]),
         ("context: none", "context: outpaint", ["model.context", "'inpaint'", "'outpaint'"]),
         ("context_factor: 4", "context_factor: 1", ["model.context_factor", "greater than or equal to 2"]),
+        ("guidance_interval: null", "guidance_interval: [5.0, 0.2]", ["sample: guidance_interval", "two rising noise"]),
+        ("guidance_interval: null", "guidance_interval: [0.2]", ["sample.guidance_interval", "at least 2 items"]),
+        ("guide_images: null", "guide_images: 64001", ["train: guide_images is 64001", "64000 of total_images"]),
+        ("autoguidance: 1.0", "autoguidance: 2.0", ["sample: autoguidance and guidance are both on"]),
+        (
+            "data:",
+            "classifier: {poolin: mean}\ndata:",
+            ["classifier.poolin: unknown key", "known here: seed, total_images"],
+        ),
         ("data:", "data: [", ["line", "not valid YAML"]),
     ],
 )
 def test_a_slip_is_one_line_that_names_key_and_remedy(tmp_path: Path, old: str, new: str, expected: list[str]) -> None:
     text = SHIPPED.read_text()
     assert text.count(old) >= 1
+    text = text.replace("  guidance: 1.0 ", "  guidance: 2.0 ") if "autoguidance" in old else text
     (tmp_path / "params.yaml").write_text(text.replace(old, new, 1))
     with pytest.raises(UserError) as caught:
         load_params(tmp_path / "params.yaml")

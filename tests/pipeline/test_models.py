@@ -18,9 +18,7 @@ PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 
 def make_model(folder: Path, classes: tuple[str, ...], *, channels: int = 1, context: str = "none") -> TrainedModel:
     labels = np.arange(len(classes)) if classes else np.array([-1])
-    index = SimpleNamespace(
-        image_size=8, channels=channels, num_classes=len(classes), classes=classes, samples={"label": labels}
-    )
+    index = SimpleNamespace(image_size=8, channels=channels, num_classes=len(classes), classes=classes, labels=labels)
     small = PARAMS.model_copy(
         update={"model": PARAMS.model.model_copy(update={"base_channels": 8, "context": context})}
     )
