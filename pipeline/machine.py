@@ -22,6 +22,8 @@ VARIABLES = {
     "PIPELINE_WORKERS": "loader processes beside each training process (default 0 on CPU, 2 on CUDA)",
     "PIPELINE_COMPILE": "1 or 0: torch.compile (default: only on CUDA)",
     "PIPELINE_TRACKING": "1 or 0: write runs to MLflow (default 1)",
+    "PIPELINE_SHARD_PROCESSES": "processes that check and pack images (default: the cores this process may use)",
+    "PIPELINE_SHARD_WORKER": "K/N: do the K-th of N parts of sharding, K from 0; see docs/sharding.md (default: all)",
     "PIPELINE_STATE": "folder for resume state and what the tracker could not send yet (default .state)",
 }
 
@@ -39,6 +41,8 @@ class Machine:
     compile: bool | None
     tracking: bool
     state: Path
+    shard_processes: int | None = None
+    shard_worker: tuple[int, int] | None = None
 
 
 def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
@@ -65,6 +69,15 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
             raise UserError(f"environment: {name} is {text!r}, expected one of {', '.join(allowed)}")
         return text
 
+    def part(name: str) -> tuple[int, int] | None:
+        text = given.get(name, "")
+        if text == "":
+            return None
+        number, _, parts = text.partition("/")
+        if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+            raise UserError(f"environment: {name} is {text!r}, expected K/N with K from 0 to N - 1, such as 0/4")
+        return int(number), int(parts)
+
     compile_text = choice("PIPELINE_COMPILE", "auto", ("0", "1", "auto"))
     return Machine(
         device=choice("PIPELINE_DEVICE", "auto", ("auto", "cpu", "cuda")),
@@ -76,4 +89,6 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
         compile=None if compile_text == "auto" else compile_text == "1",
         tracking=choice("PIPELINE_TRACKING", "1", ("0", "1")) == "1",
         state=Path(given.get("PIPELINE_STATE", "") or ".state"),
+        shard_processes=count("PIPELINE_SHARD_PROCESSES", 1),
+        shard_worker=part("PIPELINE_SHARD_WORKER"),
     )

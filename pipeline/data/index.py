@@ -23,9 +23,9 @@ FORMAT = "ddpm-shards"
 VERSION = 1
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
-ENCODINGS = ("raw", "png")
+ENCODINGS = ("raw", "png", "jpeg", "original")
 
-# offset and size are of the payload (KEY.npy or KEY.png) in its tar; label -1 is none; crc32 is of the payload.
+# offset and size are of the payload (KEY.npy, KEY.png, ...) in its tar; label -1 is none; crc32 is of the payload.
 SAMPLE_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("label", "<i4"), ("crc32", "<u4")])
 
 
@@ -37,6 +37,19 @@ class Shard:
     num_images: int
     num_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How files became payloads. For encoding `original` the reader does this part: the payload is the file itself.
+
+    `resize_filter` and `crop` as in params.yaml; `encoder` names what else decides about the payloads' bytes. An
+    index.json without them means these defaults.
+    """
+
+    resize_filter: str = "bicubic"
+    crop: str = "center"
+    encoder: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +70,7 @@ class ShardIndex:
     shards: tuple[Shard, ...]
     samples: NDArray[np.void]
     sha256: str
+    preparation: Preparation = Preparation()
 
     @property
     def num_images(self) -> int:
@@ -74,7 +88,7 @@ class ShardIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = (self.image_size, self.channels, self.encoding, self.classes, self.shards)
-        return _attach, (self.folder.absolute(), *fields, self.sha256)
+        return _attach, (self.folder.absolute(), *fields, self.sha256, self.preparation)
 
 
 def _attach(
@@ -85,9 +99,10 @@ def _attach(
     classes: tuple[str, ...],
     shards: tuple[Shard, ...],
     sha256: str,
+    preparation: Preparation,
 ) -> ShardIndex:
     samples = _map_samples(folder / SAMPLES_NAME)
-    return ShardIndex(folder, image_size, channels, encoding, classes, shards, samples, sha256)
+    return ShardIndex(folder, image_size, channels, encoding, classes, shards, samples, sha256, preparation)
 
 
 def _map_samples(path: Path) -> NDArray[np.void]:
@@ -112,6 +127,7 @@ def save_index(
     classes: tuple[str, ...] | list[str],
     shards: tuple[Shard, ...] | list[Shard],
     samples: NDArray[np.void],
+    preparation: Preparation = Preparation(),
 ) -> None:
     """Write `samples.npy` and then `index.json` into a folder that holds the tars already.
 
@@ -140,6 +156,8 @@ def save_index(
         "samples_sha256": hashlib.sha256(memory.getbuffer()).hexdigest(),
         "shards": [asdict(shard) for shard in shards],
     }
+    if preparation != Preparation() or encoding == "original":
+        content["preparation"] = asdict(preparation)
     save_json(folder / INDEX_NAME, content)
 
 
@@ -172,6 +190,7 @@ def load_index(folder: str | Path) -> ShardIndex:
         shards = tuple(Shard(**entry) for entry in content["shards"])
         fields = (content["image_size"], content["channels"], content["encoding"], tuple(content["classes"]))
         num_images, expected = content["num_images"], content["samples_sha256"]
+        preparation = Preparation(**content.get("preparation", {}))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); {_REBUILD}") from None
     for shard in shards:
@@ -181,7 +200,7 @@ def load_index(folder: str | Path) -> ShardIndex:
         raise UserError(f"{samples_path}: missing; {_REBUILD}")
     if sha256_file(samples_path) != expected:
         raise UserError(f"{samples_path}: differs from the sha256 in {INDEX_NAME}; {_REBUILD}")
-    index = _attach(folder, *fields, shards, hashlib.sha256(data).hexdigest())
+    index = _attach(folder, *fields, shards, hashlib.sha256(data).hexdigest(), preparation)
     if not index.num_images == num_images == sum(shard.num_images for shard in shards):
         raise UserError(f"{path}: the numbers of images do not add up; {_REBUILD}")
     return index

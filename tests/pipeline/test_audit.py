@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from pipeline import paths
-from pipeline.data.audit import Refused, is_grey, list_images, open_image, survey, to_pixels
+from pipeline.data.audit import Refused, is_grey, open_image, to_pixels
+from pipeline.data.listing import list_images
 from pipeline.data.index import load_index
 from pipeline.data.store import ShardStore
 from pipeline.errors import UserError
