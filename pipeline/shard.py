@@ -10,6 +10,7 @@ never on that history, the number of processes or of nodes. See docs/sharding.md
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -54,8 +55,9 @@ def main() -> None:
         raise UserError("PIPELINE_SHARD_WORKER is set, but a worker makes no outputs: use it with "
                         "`python -m pipeline.shard` on each node, and then start `dvc repro` without it")  # fmt: skip
     listing = list_images(raw)
-    processes = machine.shard_processes or len(os.sched_getaffinity(0))
-    work = Work(raw, listing, make_file_keys(raw, listing.images), processes, worker)
+    gc.freeze()  # a tuple for each file: the collector need not go through them again and again
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    work = Work(raw, listing, make_file_keys(raw, listing.images), machine.shard_processes or cores, worker)
     form = resolve(params, work, machine.state / "shard")
     state = machine.state / "shard" / make_key(raw, asdict(form))
     with locked_folder(state / "workers" / f"{worker[0]}-of-{worker[1]}" if worker else state):

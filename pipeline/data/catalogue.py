@@ -70,7 +70,7 @@ class Catalogue:
         parts, numbers = [np.empty(0, dtype)], [np.empty(0, np.int64)]
         for path in sorted(folder.glob("*.npz")):
             try:
-                with np.load(path, allow_pickle=False) as content:
+                with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
                     rows, reasons = content["rows"], content["reasons"].tolist()
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 continue  # torn when the machine went down: its files count as unknown

@@ -20,14 +20,16 @@ from pipeline.data.writer import make_encoder
 from pipeline.runtime.files import whole_file
 
 # `reason` is 0 for an accepted file; the rest of the row then counts. `sums` and `squares` are of the pixels by
-# channel, `digest` is of the pixels, `width` and `height` are the file's own. The payload is in the pack's .bin, or the
-# file itself (encoding `original`).
+# channel, `digest` is of the pixels, `width` and `height` are the file's own. The payload is in the pack's .bin at
+# `offset`, or it is the file itself (NOT_COPIED).
 RESULT_DTYPE = np.dtype(
     [("file", KEY_DTYPE), ("reason", "<u4"), ("width", "<u4"), ("height", "<u4"), ("digest", "S16"), ("phash", "<u8"),
      ("sums", "<u8", 3), ("squares", "<u8", 3), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")]
 )  # fmt: skip
 HEADER_DTYPE = np.dtype([("file", KEY_DTYPE), ("reason", "<u4"), ("side", "<u4"), ("grey", "?")])
 AUTO_SIZES = (64, 32, 16, 8)
+NOT_COPIED = np.iinfo(np.uint64).max
+COPIED_BYTES = 2**14  # a file passed through: up to this, a second copy costs less than opening the file again
 BATCH_BYTES = 2**18  # of pixels whose statistics are taken at once
 
 
@@ -90,9 +92,11 @@ def examine_files(files: Files, form: Form) -> int:
             digest = hashlib.sha256(pixels.data).digest()[:16]
             if encode is not None:
                 payload = encode(pixels)
-                payloads.write(payload)
-            accepted.append((place, width, height, digest, offset, len(payload), crc32(payload)))
-            offset += len(payload)
+            copied = encode is not None or len(payload) <= COPIED_BYTES
+            where = offset if copied else NOT_COPIED
+            accepted.append((place, width, height, digest, where, len(payload), crc32(payload)))
+            if copied:
+                offset += payloads.write(payload)
             pending.append(pixels)
             if len(pending) >= most_pending:
                 statistics.append(measure_pixels(np.stack(pending)))

@@ -63,14 +63,15 @@ def list_images(raw: str | Path) -> Listing:
     refused: list[tuple[str, str]] = []
     num_hidden = num_other = 0
     for path, entry in _walk(raw):
-        suffix = os.path.splitext(entry.name)[1]
+        name = entry.name
+        suffix = name[name.rfind(".") :] if "." in name else ""
         if path.startswith(".") or "/." in path:
             num_hidden += 1
         elif reason := _wrong_kind(entry, root):
             refused.append((path, reason))
         elif suffix.lower() in IMAGE_SUFFIXES:
             paths.append(path)
-        elif suffix.lower() in OTHER_SUFFIXES or entry.name.lower() in OTHER_NAMES:
+        elif suffix.lower() in OTHER_SUFFIXES or name.lower() in OTHER_NAMES:
             num_other += 1
         else:
             kind = suffix if len(suffix) > 1 else "no suffix"

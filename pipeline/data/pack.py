@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.audit import Refused, read_file
+from pipeline.data.examine import NOT_COPIED
 from pipeline.data.index import Shard
 from pipeline.data.listing import Found
 from pipeline.data.tally import Selection
@@ -29,7 +30,7 @@ from pipeline.runtime.files import sha256_file, whole_file
 class Tar:
     """What goes into one tar, image by image, and where the payloads are.
 
-    `rows` are of RESULT_DTYPE; `packs` are names in the catalogue `payloads`, None where files are passed through.
+    `rows` are of RESULT_DTYPE; `packs` are names of packs in the folder `payloads`.
     """
 
     folder: Path
@@ -41,7 +42,7 @@ class Tar:
     images: tuple[Found, ...]
     labels: tuple[int | None, ...]
     rows: NDArray[np.void]
-    packs: tuple[str, ...] | None
+    packs: tuple[str, ...]
 
     @cached_property
     def name(self) -> str:
@@ -64,8 +65,8 @@ def plan_tars(
         part = slice(start, start + shard_images)
         images = tuple(chosen.images[part])
         labels = tuple(label_of.get(found.class_name) for found in images)
-        packs = None if encoding == "original" else tuple(chosen.packs[part])
-        tars.append(Tar(folder, raw, payloads, start, key_digits, encoding, images, labels, chosen.rows[part], packs))
+        where = (chosen.rows[part], tuple(chosen.packs[part]))
+        tars.append(Tar(folder, raw, payloads, start, key_digits, encoding, images, labels, *where))
     return tars
 
 
@@ -97,23 +98,21 @@ def pack_tar(tar: Tar) -> bool:
 
 def _read_payloads(tar: Tar) -> Iterator[bytes]:
     """The payloads in order, each compared with the crc32 of when it was checked."""
-    prefix = os.path.join(tar.raw, "")
     opened: dict[str, int] = {}
     try:
         for place, (offset, size, expected) in enumerate(tar.rows[["offset", "size", "crc32"]].tolist()):
-            where = prefix + tar.images[place].path
-            if tar.packs is None:
+            if offset == NOT_COPIED:
+                where, remedy = os.path.join(tar.raw, tar.images[place].path), "changed while the stage ran"
                 try:
                     payload = read_file(where)
                 except Refused:
                     payload = b""
             else:
-                where = str(tar.payloads / f"{tar.packs[place]}.bin")
+                where, remedy = tar.packs[place], f"in {tar.payloads} is damaged: delete that folder"
                 if where not in opened:
-                    opened[where] = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+                    opened[where] = os.open(tar.payloads / f"{where}.bin", os.O_RDONLY | os.O_CLOEXEC)
                 payload = os.pread(opened[where], size, offset)
             if crc32(payload) != expected:
-                remedy = "changed while the stage ran" if tar.packs is None else f"is damaged: delete {tar.payloads}"
                 raise UserError(f"{where} {remedy}; run again")
             yield payload
     except FileNotFoundError as error:
@@ -126,7 +125,7 @@ def _read_payloads(tar: Tar) -> Iterator[bytes]:
 def load_finished(tar: Tar) -> tuple[Shard, NDArray[np.void]] | None:
     """A tar's entry in the index, still without a name, and its rows; None where it is not finished."""
     try:
-        with np.load(tar.folder / f"{tar.name}.npz", allow_pickle=False) as content:
+        with open(tar.folder / f"{tar.name}.npz", "rb") as file, np.load(file, allow_pickle=False) as content:
             shard = Shard(**json.loads(str(content["shard"])))
             rows = content["rows"]
         whole = (tar.folder / f"{tar.name}.tar").stat().st_size == shard.num_bytes

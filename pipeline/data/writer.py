@@ -26,6 +26,7 @@ from pipeline.runtime.files import whole_folder
 
 KEY_DIGITS = 8
 JPEG_QUALITY = 95
+_encode_json = json.JSONEncoder(sort_keys=True).encode
 # The file of a record that holds the pixels; `original` keeps the name's own suffix.
 SUFFIXES = {"raw": "npy", "png": "png", "jpeg": "jpg"}
 # Whose version decides about the bytes of an encoding; the others' don't depend on any.
@@ -56,7 +57,7 @@ class ShardFile:
 
     def add(self, key: int, payload: bytes, suffix: str, label: int | None, meta: Mapping[str, Any]) -> None:
         """Append a record whose payload is the file `KEY.suffix`."""
-        files = {"json": json.dumps(meta, sort_keys=True).encode("ascii"), suffix: payload}
+        files = {"json": _encode_json(meta).encode("ascii"), suffix: payload}
         if label is not None:
             files["cls"] = b"%d" % label
         order = sorted(files)  # as webdataset's writer has them
