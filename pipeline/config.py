@@ -50,9 +50,14 @@ class FetchParams(Section):
 class ShardParams(Section):
     image_size: Annotated[int, Field(ge=4, le=4096)] | Literal["auto"]
     channels: Literal[1, 3, "auto"]
-    encoding: Literal["raw", "png", "auto"]
+    resize_filter: Literal["bicubic", "lanczos", "bilinear", "box"]
+    crop: Literal["center", "none"]
+    encoding: Literal["raw", "png", "jpeg", "original", "auto"]
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)]
     shard_images: Positive
     max_broken_share: Share
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=8)] | None
+    held_out_share: Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class ReferenceParams(Section):

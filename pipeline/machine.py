@@ -24,6 +24,8 @@ VARIABLES = {
     "PIPELINE_CHANNELS_LAST": "1 or 0: convolutions with the channels last in memory (default: only on CUDA)",
     "PIPELINE_ACTIVATION_CHECKPOINTING": "1 or 0: train in less memory, computing activations twice (default 0)",
     "PIPELINE_TRACKING": "1 or 0: write runs to MLflow (default 1)",
+    "PIPELINE_SHARD_PROCESSES": "processes that check and pack images (default: the cores this process may use)",
+    "PIPELINE_SHARD_WORKER": "K/N: do the K-th of N parts of sharding, K from 0; see docs/sharding.md (default: all)",
     "PIPELINE_STATE": "folder for resume state and what the tracker could not send yet (default .state)",
 }
 
@@ -43,6 +45,8 @@ class Machine:
     activation_checkpointing: bool
     tracking: bool
     state: Path
+    shard_processes: int | None = None
+    shard_worker: tuple[int, int] | None = None
 
 
 def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
@@ -72,6 +76,15 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
     def switch(name: str) -> bool | None:
         return {"0": False, "1": True, "auto": None}[choice(name, "auto", ("0", "1", "auto"))]
 
+    def part(name: str) -> tuple[int, int] | None:
+        text = given.get(name, "")
+        if text == "":
+            return None
+        number, _, parts = text.partition("/")
+        if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+            raise UserError(f"environment: {name} is {text!r}, expected K/N with K from 0 to N - 1, such as 0/4")
+        return int(number), int(parts)
+
     return Machine(
         device=choice("PIPELINE_DEVICE", "auto", ("auto", "cpu", "cuda")),
         processes=count("PIPELINE_PROCESSES", 1),
@@ -84,4 +97,6 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
         activation_checkpointing=choice("PIPELINE_ACTIVATION_CHECKPOINTING", "0", ("0", "1")) == "1",
         tracking=choice("PIPELINE_TRACKING", "1", ("0", "1")) == "1",
         state=Path(given.get("PIPELINE_STATE", "") or ".state"),
+        shard_processes=count("PIPELINE_SHARD_PROCESSES", 1),
+        shard_worker=part("PIPELINE_SHARD_WORKER"),
     )

@@ -42,7 +42,7 @@ from pipeline.errors import UserError
 from pipeline.first_stage import WEIGHTS, WEIGHTS_IN_MODEL, LatentSet, build_x0, load_first_stage, load_latents
 from pipeline.lineage import source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
-from pipeline.runtime.files import locked_folder, save_json, sha256_json
+from pipeline.runtime.files import load_json, locked_folder, save_json, sha256_json
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
@@ -120,10 +120,32 @@ def open_run(
     num_images = sum(one.num_images for one in indexes)
     data = {"num_images": num_images, "num_classes": index.num_classes, "image_size": index.image_size}
     tracker.log_params({f"data.{key}": value for key, value in {"raw": params.data.raw, **data}.items()})
+    log_audit(tracker)
     tracker.set_dataset(
         Path(params.data.raw).name, lineage["shard_index_sha256"][:16], source=params.data.raw, profile=data
     )
     return tracker
+
+
+def log_audit(tracker: Tracker) -> None:
+    """What the stage `shard` found in the raw images, where its report is: numbers as `data/...`, tables, the sheet."""
+    for path in (paths.SHARD_REPORT, paths.REFUSED, paths.DUPLICATES, paths.CLASSES, paths.CONTACT_SHEET):
+        if path.is_file():
+            tracker.log_artifact(path, "data")
+    if paths.SHARD_REPORT.is_file():
+        tracker.log_metrics(flatten("data", load_json(paths.SHARD_REPORT)), 0)
+
+
+def flatten(name: str, value: Any) -> dict[str, float]:
+    """Numbers in nested dictionaries under names joined by slashes.
+
+    Example:
+        >>> flatten("data", {"num_images": 3, "channel_mean": {"grey": 7.5}})
+        {'data/num_images': 3.0, 'data/channel_mean/grey': 7.5}
+    """
+    if isinstance(value, dict):
+        return {key: number for k, v in value.items() for key, number in flatten(f"{name}/{k}", v).items()}
+    return {name: float(value)}
 
 
 def make_step(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.audit import Refused
-from pipeline.data.decode import DECODERS
+from pipeline.data.decode import make_decoder
 from pipeline.data.index import DTYPES, Shard, ShardIndex
 from pipeline.data.writer import encode_npy
 from pipeline.errors import UserError
@@ -75,15 +75,14 @@ class ShardStore:
         self.index = index
         self._source = source or LocalSource(index.folder)
         self._shape = (index.image_size, index.image_size, index.channels)
-        self._dtype = DTYPES.get(index.encoding, np.dtype(np.uint8))
+        self._dtype = DTYPES.get(index.encoding, np.dtype("u1"))
         empty = np.zeros(self._shape, self._dtype)
         self._head = encode_npy(empty)[: -empty.nbytes]
         self._gap = memoryview(bytearray(MAX_GAP_BYTES))
         self._files: OrderedDict[int, int] = OrderedDict()
-        if index.encoding != "raw" and index.encoding not in DECODERS:
-            raise UserError(
-                f"{index.folder}: encoding {index.encoding!r} is unknown; known: raw, {', '.join(DECODERS)}"
-            )
+        if index.encoding not in DTYPES:
+            raise UserError(f"{index.folder}: encoding {index.encoding!r} is unknown; known: {', '.join(DTYPES)}")
+        self._decode = make_decoder(index)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardStore, (self.index, self._source)
@@ -124,7 +123,7 @@ class ShardStore:
         size, _, channels = self._shape
         images = np.empty((len(ids), channels, size, size), self._dtype) if out is None else out
         order = np.lexsort((rows["offset"], rows["shard"]))
-        read = self._read_encoded if self.index.encoding in DECODERS else self._read_raw
+        read = self._read_raw if self._decode is None else self._read_encoded
         read(ids[order], rows[order], order, images)
         return images, labels
 
@@ -141,7 +140,8 @@ class ShardStore:
         images[places] = buffer[:, head:].view(self._dtype).reshape(len(ids), *self._shape).transpose(0, 3, 1, 2)
 
     def _read_encoded(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
-        decode = DECODERS[self.index.encoding]
+        decode = self._decode
+        assert decode is not None
         for part, group in _neighbours(rows):
             payloads = [bytearray(size) for _, size, *_ in group]
             self._fill(ids[part], group, [memoryview(payload) for payload in payloads])

@@ -42,13 +42,17 @@ def importers(prefix: str) -> set[str]:
         ("torch.nn.parallel", {"pipeline/runtime/topology.py"}),
         ("mlflow", {"pipeline/runtime/sender.py", "pipeline/runtime/registry.py", "pipeline/serving.py"}),
         ("ruamel", {"pipeline/config.py"}),
-        ("webdataset", {"pipeline/data/writer.py"}),
         ("sklearn", {"pipeline/engine/score.py", "pipeline/fetch.py"}),
     ],
 )
 def test_each_library_has_one_room(library: str, rooms: set[str]) -> None:
     assert importers(library) <= rooms
     assert importers(library)
+
+
+def test_webdataset_is_a_reader_of_the_shards_and_no_part_of_their_making() -> None:
+    """Tests and benchmarks hold our tars against it; in between its import alone would cost seconds."""
+    assert not importers("webdataset")
 
 
 def test_stages_never_import_stages() -> None:
