@@ -41,7 +41,7 @@ from tests.worlds import GaussianWorld
 PARAMS = load_params(ROOT / "recipes/latent/params.yaml")
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"))
 IMAGES = SimpleNamespace(
-    image_size=16, channels=1, num_classes=2, classes=("cat", "dog"), samples={"label": np.array([0, 1])}
+    image_size=16, channels=1, num_classes=2, classes=("cat", "dog"), labels=np.array([0, 1])
 )
 
 
