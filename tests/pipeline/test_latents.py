@@ -40,9 +40,7 @@ from tests.worlds import GaussianWorld
 
 PARAMS = load_params(ROOT / "recipes/latent/params.yaml")
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"))
-IMAGES = SimpleNamespace(
-    image_size=16, channels=1, num_classes=2, classes=("cat", "dog"), labels=np.array([0, 1])
-)
+IMAGES = SimpleNamespace(image_size=16, channels=1, num_classes=2, classes=("cat", "dog"), labels=np.array([0, 1]))
 
 
 def changed(section: str, **values: object) -> Params:
