@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -33,8 +32,12 @@ class Batch:
     positions: Tensor
 
 
-class _Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Step number -> this rank's batch. A map-style data set, so that any number of workers gives the same order."""
+class _Steps(Dataset[Tensor]):
+    """Step number -> this rank's batch. A map-style data set, so that any number of workers gives the same order.
+
+    A batch is one buffer, labels, positions and images in turn: each tensor that a worker sends costs a file of shared
+    memory, and one is enough.
+    """
 
     def __init__(self, indexes: Sequence[ShardIndex], order: Order, batch_size: int, share: slice) -> None:
         stores = [ShardStore(index) for index in indexes]
@@ -45,22 +48,30 @@ class _Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self.batch_size = batch_size
         self.share = share
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        start, stop = step * self.batch_size + self.share.start, step * self.batch_size + self.share.stop
-        images = _empty(self.shape)
-        positions = np.arange(start, stop)
-        _, labels = self.store.read(self.order.images_at(positions), images.numpy())
-        return images, torch.from_numpy(labels), torch.from_numpy(positions)
+    def __getitem__(self, step: int) -> Tensor:
+        buffer = _empty(2 * 8 * self.shape[0] + math.prod(self.shape))
+        batch = self.unpack(buffer)
+        start = step * self.batch_size
+        torch.arange(start + self.share.start, start + self.share.stop, out=batch.positions)
+        ids = self.order.images_at(batch.positions.numpy())
+        batch.labels.numpy()[:] = self.store.read(ids, batch.images.numpy())[1]
+        return buffer
+
+    def unpack(self, buffer: Tensor) -> Batch:
+        """The three parts of a buffer, without copying."""
+        size = 8 * self.shape[0]
+        labels, positions = buffer[:size].view(torch.int64), buffer[size : 2 * size].view(torch.int64)
+        return Batch(buffer[2 * size :].view(self.shape), labels, positions)
 
 
-def _empty(shape: tuple[int, ...]) -> Tensor:
+def _empty(num_bytes: int) -> Tensor:
     """Room for a batch. In a worker it is shared memory, as in torch's own collation: the batch need not be copied
     there before it can go to the training process."""
     empty = torch.empty(0, dtype=torch.uint8)
     if get_worker_info() is None:
-        return empty.new_empty(shape)
-    storage = empty.untyped_storage()._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-    return empty.set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+        return empty.new_empty(num_bytes)
+    storage = empty.untyped_storage()._new_shared(num_bytes)  # type: ignore[no-untyped-call]
+    return empty.set_(storage, 0, (num_bytes,))  # type: ignore[call-overload, no-any-return]
 
 
 def iterate_batches(
@@ -84,8 +95,9 @@ def iterate_batches(
         workers: loader processes beside this one; speed, never order.
         pin_memory: page-locked memory for asynchronous copies to a GPU.
     """
+    data = _Steps(indexes, order, batch_size, share)
     loader = DataLoader(
-        _Steps(indexes, order, batch_size, share),
+        data,
         batch_size=None,
         sampler=steps,
         num_workers=workers,
@@ -94,8 +106,8 @@ def iterate_batches(
         worker_init_fn=_outlive_signals,
     )
     try:
-        for images, labels, positions in loader:
-            yield Batch(images, labels, positions)
+        for buffer in loader:  # one iteration for all steps: the workers live as long as the training
+            yield data.unpack(buffer)
     except UserError as error:  # from a worker it comes wrapped in that worker's traceback
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")

@@ -2,7 +2,7 @@
 
 import hashlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +97,10 @@ def order_of(kind: str, indexes: Sequence[ShardIndex]) -> tuple[Sequence[ShardIn
             return indexes, MixedWindowedOrder(sizes, [2.0, 1.0], 1, **WINDOWS)
 
 
-def digest(batches: Iterator[tuple[torch.Tensor, ...]]) -> str:
+def digest(batches: Iterable[Batch]) -> str:
     """One hash of images, labels and positions in the order they come."""
     total = hashlib.sha256()
-    parts = [[part.numpy() for part in batch] for batch in batches]
+    parts = [(batch.images.numpy(), batch.labels.numpy(), batch.positions.numpy()) for batch in batches]
     for column in zip(*parts, strict=True):
         total.update(np.concatenate(column).tobytes())
     return total.hexdigest()
@@ -124,18 +124,18 @@ def test_any_world_and_workers_and_three_changes_give_one_global_order(
         monkeypatch.setattr("pipeline.data.order.TABLE_IMAGES", 10)
     sets, order = order_of(kind, indexes)
     whole = _Steps(sets, order, BATCH, slice(0, BATCH))
-    expected = digest(whole[step] for step in range(STEPS))
+    expected = digest(whole.unpack(whole[step]) for step in range(STEPS))
     found = set()
     for world in range(1, 13):
         for workers in range(4):
-            seen: list[tuple[torch.Tensor, ...]] = []
+            seen: list[Batch] = []
             for place, start in enumerate(CHANGES):
                 ranks = parts_of((world + 5 * place - 1) % 12 + 1)
                 copies = [pickle.dumps(_Steps(sets, order, BATCH, share)) for share in ranks]
                 processes = [[pickle.loads(copy) for _ in range(workers or 1)] for copy in copies]
                 for step in range(start, (*CHANGES, STEPS)[place + 1]):
-                    seen += [own[step % len(own)][step] for own in processes]
-            found.add(digest(iter(seen)))
+                    seen += [own[0].unpack(own[step % len(own)][step]) for own in processes]
+            found.add(digest(seen))
     assert found == {expected}
 
 
@@ -147,14 +147,14 @@ def test_real_workers_and_three_changes_of_world_give_the_same_order(
 ) -> None:
     sets, order = order_of("mixed windowed", indexes)
     whole = _Steps(sets, order, BATCH, slice(0, BATCH))
-    expected = digest(whole[step] for step in range(STEPS))
+    expected = digest(whole.unpack(whole[step]) for step in range(STEPS))
     seen = []
     for place, (start, world) in enumerate(zip(CHANGES, (2, 1, 2, 1), strict=True)):
         steps = range(start, (*CHANGES, STEPS)[place + 1])
         ranks = [iterate_batches(sets, order, batch_size=BATCH, steps=steps, share=share, workers=workers)
                  for share in parts_of(world)]  # fmt: skip
-        seen += [(b.images, b.labels, b.positions) for batch in zip(*ranks, strict=True) for b in batch]
-    assert digest(iter(seen)) == expected
+        seen += [batch for batches in zip(*ranks, strict=True) for batch in batches]
+    assert digest(seen) == expected
 
 
 def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
