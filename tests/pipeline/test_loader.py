@@ -2,8 +2,10 @@
 
 import hashlib
 import pickle
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,11 +67,30 @@ def test_a_later_start_and_other_shares_give_the_same_images(index: ShardIndex) 
     assert [n for step in zip(*parts, strict=True) for n in numbers(list(step))] == numbers(whole)
 
 
+def kept(batch: Batch) -> Batch:
+    """A copy: a worker writes over a batch after the next but one."""
+    return Batch(batch.images.clone(), batch.labels.clone(), batch.positions.clone())
+
+
 @pytest.mark.slow
-def test_workers_change_nothing(index: ShardIndex) -> None:
-    seen = batches(index, range(3, 9), workers=2)
-    assert numbers(seen) == numbers(batches(index, range(3, 9)))
-    assert seen[0].images.is_shared()  # written where the training process reads it
+def test_workers_change_nothing_and_leave_the_batch_in_use_alone(index: ShardIndex) -> None:
+    form = {"batch_size": 8, "steps": range(3, 23), "share": slice(0, 8)}
+    seen, before = [], None
+    for batch in iterate_batches([index], RandomOrder(53, seed=1), **form, workers=2):
+        copies = [(one, kept(one)) for one in (before, batch) if one is not None]
+        time.sleep(0.05)  # the workers go as far ahead as they are let
+        for one, copy in copies:
+            assert torch.equal(one.images, copy.images)
+        seen.append(copies[-1][1])
+        before = batch
+    assert batch.images.is_shared()
+    assert numbers(seen) == numbers(batches(index, range(3, 23)))
+
+
+def test_too_little_shared_memory_is_told_before_it_kills(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2000))
+    with pytest.raises(UserError, match=r"need 0 MiB of shared memory, but /dev/shm has 0 free.*PIPELINE_WORKERS"):
+        batches(index, range(2), workers=2)
 
 
 def test_mixed_sets_are_read_as_one(indexes: tuple[ShardIndex, ShardIndex]) -> None:
@@ -95,6 +116,10 @@ def order_of(kind: str, indexes: Sequence[ShardIndex]) -> tuple[Sequence[ShardIn
             return indexes, MixedOrder([RandomOrder(53, 1), RandomOrder(31, 2)], [53, 31], [2.0, 1.0], 1)
         case _:
             return indexes, MixedWindowedOrder(sizes, [2.0, 1.0], 1, **WINDOWS)
+
+
+def read(data: _Steps, step: int) -> Batch:
+    return data.read(step, torch.empty(data.num_bytes, dtype=torch.uint8))
 
 
 def digest(batches: Iterable[Batch]) -> str:
@@ -124,7 +149,7 @@ def test_any_world_and_workers_and_three_changes_give_one_global_order(
         monkeypatch.setattr("pipeline.data.order.TABLE_IMAGES", 10)
     sets, order = order_of(kind, indexes)
     whole = _Steps(sets, order, BATCH, slice(0, BATCH))
-    expected = digest(whole.unpack(whole[step]) for step in range(STEPS))
+    expected = digest(read(whole, step) for step in range(STEPS))
     found = set()
     for world in range(1, 13):
         for workers in range(4):
@@ -134,7 +159,7 @@ def test_any_world_and_workers_and_three_changes_give_one_global_order(
                 copies = [pickle.dumps(_Steps(sets, order, BATCH, share)) for share in ranks]
                 processes = [[pickle.loads(copy) for _ in range(workers or 1)] for copy in copies]
                 for step in range(start, (*CHANGES, STEPS)[place + 1]):
-                    seen += [own[0].unpack(own[step % len(own)][step]) for own in processes]
+                    seen += [read(own[step % len(own)], step) for own in processes]
             found.add(digest(seen))
     assert found == {expected}
 
@@ -147,13 +172,13 @@ def test_real_workers_and_three_changes_of_world_give_the_same_order(
 ) -> None:
     sets, order = order_of("mixed windowed", indexes)
     whole = _Steps(sets, order, BATCH, slice(0, BATCH))
-    expected = digest(whole.unpack(whole[step]) for step in range(STEPS))
+    expected = digest(read(whole, step) for step in range(STEPS))
     seen = []
     for place, (start, world) in enumerate(zip(CHANGES, (2, 1, 2, 1), strict=True)):
         steps = range(start, (*CHANGES, STEPS)[place + 1])
         ranks = [iterate_batches(sets, order, batch_size=BATCH, steps=steps, share=share, workers=workers)
                  for share in parts_of(world)]  # fmt: skip
-        seen += [batch for batches in zip(*ranks, strict=True) for batch in batches]
+        seen += [kept(batch) for batches in zip(*ranks, strict=True) for batch in batches]
     assert digest(seen) == expected
 
 
