@@ -2,15 +2,61 @@
 
 Shapes: x is (b, ...), t is (b,) int64 in [0, T). Randomness is an argument; nothing here reads a file, an environment
 variable or a rank.
+
+Any callable `(x_t, t, condition)` is a denoiser, on data of any rank: `UNet` and `DiT` are only ours. A plain function
+on vectors, trained (had it weights) and sampled:
+
+    >>> import torch
+    >>> def denoiser(x_t, t, condition):
+    ...     return torch.full_like(x_t, 0.5)  # its prediction of x0
+    >>> schedule, noise = register_schedule(beta_schedule="cosine"), torch.randn(11, 4, 2)
+    >>> t = torch.tensor([0, 300, 600, 999])
+    >>> p_losses(denoiser, schedule, torch.zeros(4, 2), t, noise[0], parameterization="x0").loss
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    >>> sample_ddpm(denoiser, schedule, noise[0], noise.__getitem__, parameterization="x0", num_steps=10).shape
+    torch.Size([4, 2])
 """
 
-from ddpm_core.conditioning import ClassEmbedding, Condition, drop_labels, timestep_embedding
+from ddpm_core.conditioning import (
+    ClassEmbedding,
+    Condition,
+    Conditions,
+    ContextConcat,
+    composite,
+    drop_conditions,
+    drop_labels,
+    timestep_embedding,
+)
+from ddpm_core.dictionaries import ExactEmbedding, NearestEmbedding, QuantizedEmbedding, take_auxiliary_loss
 from ddpm_core.ema import EMA
-from ddpm_core.guidance import ClassifierFreeGuidance, Denoiser
+from ddpm_core.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Denoiser, IntervalGuidance
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
-from ddpm_core.losses import LOSS_TYPES, DiffusionLoss, get_loss, min_snr_weights, p_losses, weighted_loss
+from ddpm_core.losses import (
+    LOSS_TYPES,
+    DiffusionLoss,
+    classifier_loss,
+    get_loss,
+    min_snr_weights,
+    p_losses,
+    weighted_loss,
+)
+from ddpm_core.nn.classifier import NoisyClassifier
+from ddpm_core.nn.cost import Cost, count_cost
+from ddpm_core.nn.dit import DiT
+from ddpm_core.nn.network import DenoisingNetwork
 from ddpm_core.nn.unet import UNet
 from ddpm_core.noising import learned_log_variance, q_posterior, q_sample
+from ddpm_core.restoration.ddrm import restore_ddrm
+from ddpm_core.restoration.operators import (
+    Colourise,
+    Deblur,
+    Denoise,
+    Inpaint,
+    LinearOperator,
+    Separable,
+    SuperResolve,
+    gaussian_kernel,
+)
 from ddpm_core.samplers.ddim import invert_ddim, sample_ddim, slerp
 from ddpm_core.samplers.ddpm import sample_ddpm
 from ddpm_core.samplers.dpm_solver import sample_dpm_solver
@@ -39,18 +85,42 @@ __all__ = [
     "LOSS_TYPES",
     "PARAMETERIZATIONS",
     "SPACINGS",
+    "AutoGuidance",
     "BitsPerDim",
     "ClassEmbedding",
     "ClassifierFreeGuidance",
+    "ClassifierGuidance",
+    "Colourise",
     "Condition",
+    "Conditions",
+    "ContextConcat",
+    "Cost",
+    "Deblur",
+    "Denoise",
     "Denoiser",
+    "DenoisingNetwork",
+    "DiT",
     "DiffusionLoss",
+    "ExactEmbedding",
+    "Inpaint",
+    "IntervalGuidance",
+    "LinearOperator",
     "LossAwareTimesteps",
+    "NearestEmbedding",
     "NoiseSchedule",
+    "NoisyClassifier",
+    "QuantizedEmbedding",
+    "Separable",
+    "SuperResolve",
     "UNet",
     "bits_per_dim",
+    "classifier_loss",
+    "composite",
+    "count_cost",
     "discretised_gaussian_log_likelihood",
+    "drop_conditions",
     "drop_labels",
+    "gaussian_kernel",
     "get_loss",
     "invert_ddim",
     "learned_log_variance",
@@ -64,6 +134,7 @@ __all__ = [
     "q_sample",
     "register_schedule",
     "rescale_zero_terminal_snr",
+    "restore_ddrm",
     "sample_ddim",
     "sample_ddpm",
     "sample_dpm_solver",
@@ -71,6 +142,7 @@ __all__ = [
     "slerp",
     "split_output",
     "stratified_timesteps",
+    "take_auxiliary_loss",
     "timestep_embedding",
     "to_target",
     "to_x0",

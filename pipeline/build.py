@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,28 +12,119 @@ import torch
 from torch import Tensor, nn
 
 import ddpm_core
-from ddpm_core import ClassifierFreeGuidance, NoiseSchedule, UNet
-from pipeline.config import ModelParams, Params, SampleParams, ScheduleParams, TrainParams
+from ddpm_core import (
+    AutoGuidance,
+    ClassEmbedding,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    Conditions,
+    ContextConcat,
+    DenoisingNetwork,
+    DiT,
+    IntervalGuidance,
+    NoiseSchedule,
+    NoisyClassifier,
+    UNet,
+)
+from ddpm_core.nn.attention import count_heads
+from pipeline.config import ClassifierParams, ModelParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
+from pipeline.data.mixing import BalancedOrder, MixedOrder, MixedWindowedOrder
+from pipeline.data.order import Order, RandomOrder, WindowedOrder
+from pipeline.engine.context import LABEL, Colour, ContextMaker, Inpaint, RealContexts, SuperResolution
 from pipeline.engine.generate import ImageSampler
 from pipeline.errors import UserError
+from pipeline.runtime.rng import Stream, draw_integer
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "dit": DiT, "noisy_classifier": NoisyClassifier}
+CONTEXTS: dict[str, Callable[..., ContextMaker]] = {
+    "inpaint": Inpaint,
+    "super_resolution": SuperResolution,
+    "colour": Colour,
+}
 _MULTIPLIERS = {8: [1, 2], 16: [1, 2, 2], 32: [1, 2, 2, 2], 64: [1, 2, 3, 4]}
 
 
-def make_model_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
-    """What model.json says of a model: enough to build it again, `auto` values resolved."""
+def make_model_spec(params: Params, index: ShardIndex, *mixed: ShardIndex) -> dict[str, Any]:
+    """What model.json says of a model: enough to build it again, `auto` values resolved.
+
+    Args:
+        params: of the run.
+        index: the shards it is trained on.
+        mixed: more sets with the same form and classes.
+    """
+    labels = np.unique(np.concatenate([np.unique(one.labels) for one in (index, *mixed)]))
+    context = _context_spec(params.model, index)
     return {
-        "network": {"name": "unet", **_network_arguments(params.model, index)},
+        "network": {
+            "name": params.model.network,
+            **_network_arguments(params.model, index),
+            **_context_channels(context, index),
+        },
+        **context,
         "schedule": params.schedule.model_dump(),
         "parameterization": params.model.parameterization,
         "classes": list(index.classes),
-        "labels": [int(label) for label in np.unique(index.samples["label"]) if label >= 0],  # of classes with images
+        "labels": [int(label) for label in labels if label >= 0],  # of classes with images
+    }
+
+
+def make_classifier_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
+    """The same of a classifier of noisy images.
+
+    Raises:
+        UserError: params.yaml has no section `classifier`, or there are fewer than two classes.
+    """
+    config = params.classifier
+    if config is None:
+        raise UserError("params.yaml: there is no section classifier: copy that of recipes/guided/params.yaml")
+    if index.num_classes < 2:
+        raise UserError(f"{index.folder} has {index.num_classes} classes: a classifier needs at least two sub-folders")
+    form = {"image_size": index.image_size, "channels": index.channels, "num_classes": index.num_classes}
+    inside = {**_unet_arguments(config, index, section="classifier"), "dropout": config.dropout}
+    return {
+        "network": {"name": "noisy_classifier", **form, **inside, "pooling": config.pooling},
+        "schedule": params.schedule.model_dump(),
+        "classes": list(index.classes),
     }
 
 
 def _network_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+    match params.network:
+        case "unet":
+            inside = _unet_arguments(params, index)
+        case "dit":
+            inside = _dit_arguments(params, index)
+    return {
+        "image_size": index.image_size,
+        "channels": index.channels,
+        "num_classes": index.num_classes,
+        **inside,
+        "dropout": params.dropout,
+        "learned_variance": params.learned_variance,
+        "qk_norm": params.qk_norm,
+    }
+
+
+def _dit_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+    if index.image_size % params.patch_size:
+        raise UserError(
+            f"params.yaml: model.patch_size is {params.patch_size}, which does not divide images of {index.image_size} "
+            "px: use another, or another shard.image_size"
+        )
+    width = 4 * params.base_channels  # the size of the embedding, in both networks
+    num_heads = count_heads(width) if params.num_heads == "auto" else params.num_heads
+    if width % num_heads:
+        raise UserError(
+            f"params.yaml: model.num_heads is {num_heads}, which does not divide a width of {width}, four times "
+            "model.base_channels: use auto"
+        )
+    return {"patch_size": params.patch_size, "width": width, "depth": params.depth, "num_heads": num_heads}
+
+
+def _unet_arguments(
+    params: ModelParams | ClassifierParams, index: ShardIndex, section: str = "model"
+) -> dict[str, Any]:
     multipliers = params.channel_multipliers
     if multipliers == "auto":
         nearest = max((size for size in _MULTIPLIERS if size <= index.image_size), default=8)
@@ -42,19 +133,51 @@ def _network_arguments(params: ModelParams, index: ShardIndex) -> dict[str, Any]
             multipliers = multipliers[:-1]
     if index.image_size % 2 ** (len(multipliers) - 1):
         raise UserError(
-            f"params.yaml: model.channel_multipliers has {len(multipliers)} entries, but images of {index.image_size} "
-            f"px can't be halved {len(multipliers) - 1} times: use fewer, or another shard.image_size"
+            f"params.yaml: {section}.channel_multipliers has {len(multipliers)} entries, but images of "
+            f"{index.image_size} px can't be halved {len(multipliers) - 1} times: use fewer, or another "
+            "shard.image_size"
         )
     return {
-        "image_size": index.image_size,
-        "channels": index.channels,
-        "num_classes": index.num_classes,
         "base_channels": params.base_channels,
         "channel_multipliers": multipliers,
         "num_blocks": params.num_blocks,
         "attention_resolutions": params.attention_resolutions,
-        "dropout": params.dropout,
     }
+
+
+def has_learned_variance(spec: dict[str, Any]) -> bool:
+    """Whether the network also gives the variance; a model.json older than that option does not say so."""
+    return bool(spec["network"].get("learned_variance", False))
+
+
+def _context_spec(params: ModelParams, index: ShardIndex) -> dict[str, Any]:
+    """`context` of model.json; a model without one has no such key."""
+    match params.context:
+        case "none":
+            return {}
+        case "colour" if index.channels != 3:
+            raise UserError("params.yaml: model.context is colour, but the images are grey: use images with colour")
+        case "super_resolution" if index.image_size % params.context_factor:
+            raise UserError(
+                f"params.yaml: model.context_factor is {params.context_factor}, which does not divide the images' "
+                f"{index.image_size} px: use one that does, or another shard.image_size"
+            )
+        case "super_resolution":
+            return {"context": {"name": params.context, "factor": params.context_factor}}
+    return {"context": {"name": params.context}}
+
+
+def _context_channels(context: dict[str, Any], index: ShardIndex) -> dict[str, int]:
+    maker = build_context(context)
+    return {} if maker is None else {"context_channels": maker.num_channels(index.channels)}
+
+
+def build_context(spec: dict[str, Any]) -> ContextMaker | None:
+    """What makes the contexts of a model spec; None where it has none."""
+    if "context" not in spec:
+        return None
+    arguments = dict(spec["context"])
+    return CONTEXTS[arguments.pop("name")](**arguments)
 
 
 def build_network(spec: dict[str, Any], *, seed: int = 0) -> nn.Module:
@@ -69,7 +192,29 @@ def build_network(spec: dict[str, Any], *, seed: int = 0) -> nn.Module:
         raise UserError(f"model.json: network {name!r} is unknown; known: {', '.join(NETWORKS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return NETWORKS[name](**arguments)
+        if "context" not in spec:
+            return NETWORKS[name](**arguments)
+        if num_classes := arguments.pop("num_classes"):  # beside a context, labels are one of several conditions
+            width = arguments.get("width") or 4 * arguments["base_channels"]  # of the embedding
+            embedding = ClassEmbedding(num_classes, width)
+            arguments["embedder"] = Conditions({LABEL: embedding})
+        return ContextConcat(NETWORKS[name](**arguments))
+
+
+def inner_network(network: nn.Module) -> DenoisingNetwork:
+    """The denoiser itself, without what gives it a context."""
+    inner = network.network if isinstance(network, ContextConcat) else network
+    assert isinstance(inner, DenoisingNetwork)
+    return inner
+
+
+def place_network(network: nn.Module, device: torch.device, channels_last: bool | None) -> nn.Module:
+    """Move a network to its device, convolutions' weights with the channels last in memory if asked for; None: on CUDA,
+    whose tensor cores want them so. Without effect on a network without convolutions."""
+    network.to(device)
+    if channels_last if channels_last is not None else device.type == "cuda":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def build_schedule(spec: dict[str, Any]) -> NoiseSchedule:
@@ -85,14 +230,41 @@ def build_schedule(spec: dict[str, Any]) -> NoiseSchedule:
         raise UserError(f"params.yaml: schedule: {error}") from None
 
 
-def build_optimizer(params: TrainParams, network: nn.Module) -> torch.optim.Optimizer:
+def build_order(params: Params, indexes: Sequence[ShardIndex]) -> Order:
+    """The order in which training sees the images of the sets, which are those of order.mix where there is one.
+
+    Raises:
+        UserError: the sets can't be drawn from so.
+    """
+    config, seed = params.order, params.train.seed
+    weights = [entry.weight for entry in config.mix] if config.mix else [1.0]
+    if config.kind == "windowed":
+        sizes = [index.shard_sizes for index in indexes]
+        form = {"batch_size": params.train.batch_size, "num_lanes": config.lanes, "window_images": config.window_images}
+        if len(indexes) == 1:
+            return WindowedOrder(sizes[0], seed, **form)
+        return MixedWindowedOrder(sizes, weights, seed, **form)
+
+    def order_of(index: ShardIndex, own_seed: int) -> Order:
+        return (
+            BalancedOrder(index.labels, own_seed) if config.class_balanced else RandomOrder(index.num_images, own_seed)
+        )
+
+    if len(indexes) == 1:
+        return order_of(indexes[0], seed)
+    seeds = [draw_integer(seed, Stream.MIX, number) for number in range(len(indexes))]
+    orders = [order_of(index, own_seed) for index, own_seed in zip(indexes, seeds, strict=True)]
+    return MixedOrder(orders, [index.num_images for index in indexes], weights, seed)
+
+
+def build_optimizer(params: TrainParams | ClassifierParams, network: nn.Module) -> torch.optim.Optimizer:
     """AdamW in its fused form."""
     return torch.optim.AdamW(
         network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
     )
 
 
-def build_learning_rate(params: TrainParams) -> Callable[[int], float]:
+def build_learning_rate(params: TrainParams | ClassifierParams) -> Callable[[int], float]:
     """Images seen -> learning rate: linear warm-up times the schedule."""
 
     def rate(images_seen: int) -> float:
@@ -136,22 +308,68 @@ def build_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def build_guidance(
+    params: SampleParams,
+    spec: dict[str, Any],
+    network: ddpm_core.Denoiser,
+    schedule: NoiseSchedule,
+    guide: ddpm_core.Denoiser | None = None,
+    classifier: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> ddpm_core.Denoiser:
+    """The network behind the guidance that params ask for; the network itself where they ask for none.
+
+    Raises:
+        UserError: guidance by classes is asked for a model without classes, or what guides is not there.
+    """
+    num_classes = len(spec["classes"])
+    for name, off in (("guidance", 1), ("classifier_scale", 0)):
+        if getattr(params, name) != off and not num_classes:
+            asked = f"sample.{name} is {getattr(params, name)}"
+            raise UserError(f"params.yaml: {asked}, but the model has no classes: use {off}")
+    null = {LABEL: num_classes} if "context" in spec else num_classes  # the context stays in both calls
+    plain = guided = network
+    if params.autoguidance != 1:
+        if guide is None:
+            raise UserError("sample.autoguidance needs a model with a guide: set train.guide_images and train")
+        guided = AutoGuidance(network, guide, params.autoguidance)
+    if params.guidance != 1:
+        guided = ClassifierFreeGuidance(guided, params.guidance, null=null)
+    if params.guidance == 0:
+        plain = ClassifierFreeGuidance(network, 0.0, null=null)
+    if params.classifier_scale != 0:
+        if "context" in spec:
+            raise UserError("params.yaml: sample.classifier_scale is for models without a context: use 0")
+        if classifier is None:
+            raise UserError(
+                "sample.classifier_scale needs a classifier: train one with `python -m pipeline.classifier`"
+            )
+        guided = ClassifierGuidance(guided, classifier, params.classifier_scale, schedule, spec["parameterization"])
+    if params.guidance_interval is None:
+        return guided
+    low, high = params.guidance_interval
+    return IntervalGuidance(guided, plain, schedule, (low, high))
+
+
 def build_sampler(
-    params: SampleParams, spec: dict[str, Any], network: nn.Module, schedule: NoiseSchedule
+    params: SampleParams,
+    spec: dict[str, Any],
+    network: nn.Module,
+    schedule: NoiseSchedule,
+    images: ShardIndex | None = None,
+    **guides: nn.Module,
 ) -> ImageSampler:
     """Seeds -> images, with the sampler, steps and guidance that params ask for.
 
+    Args:
+        images: real ones, for the contexts of a model that has one; without them the sampler's `method` alone works.
+
     Raises:
-        UserError: guidance is asked for a model without classes.
+        UserError: as :func:`build_guidance`, which says also what `guides` may be.
     """
-    num_classes = len(spec["classes"])
-    denoiser: ddpm_core.Denoiser = network
-    if params.guidance != 1:
-        if not num_classes:
-            raise UserError(f"params.yaml: sample.guidance is {params.guidance}, but the model has no classes: use 1")
-        denoiser = ClassifierFreeGuidance(network, params.guidance, null_label=num_classes)
+    denoiser = build_guidance(params, spec, network, schedule, **guides)
     common = {
         "parameterization": spec["parameterization"],
+        "learned_variance": has_learned_variance(spec),
         "num_steps": params.steps,
         "spacing": params.spacing,
         "dynamic_threshold": params.dynamic_threshold,
@@ -167,4 +385,6 @@ def build_sampler(
         case "heun":
             method = partial(ddpm_core.sample_heun, denoiser, schedule, **common)
     shape = (spec["network"]["channels"], *2 * [spec["network"]["image_size"]])
-    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape)
+    maker = build_context(spec)
+    contexts = None if maker is None or images is None else RealContexts(maker, images, params.seed)
+    return ImageSampler(method, seed=params.seed, classes=spec["labels"], shape=shape, contexts=contexts)

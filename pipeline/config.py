@@ -6,7 +6,7 @@ Read with ruamel in its safe YAML 1.2 mode, as DVC does: PyYAML takes `1e-4` for
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -36,7 +36,7 @@ class DataParams(Section):
 
 
 class FetchParams(Section):
-    source: Literal["digits", "idx"]
+    source: Literal["digits", "idx", "photo_tiles"]
     idx_dir: str | None
 
     @model_validator(mode="after")
@@ -79,12 +79,20 @@ class ScheduleParams(Section):
 
 
 class ModelParams(Section):
+    network: Literal["unet", "dit"]
     parameterization: Literal["eps", "x0", "v"]
+    learned_variance: bool
     base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
     channel_multipliers: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"]
     num_blocks: Positive
     attention_resolutions: list[Positive]
+    patch_size: Positive
+    depth: Positive
+    num_heads: Positive | Literal["auto"]
+    qk_norm: bool
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    context: Literal["none", "inpaint", "super_resolution", "colour"]
+    context_factor: Annotated[int, Field(ge=2)]
 
 
 class TrainParams(Section):
@@ -97,6 +105,7 @@ class TrainParams(Section):
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Annotated[float, Field(gt=0.0)]
     ema_half_life_images: Positive
+    guide_images: Positive | None
     label_dropout: Share
     horizontal_flip: bool
     loss_type: Literal["l1", "l2", "huber"]
@@ -115,16 +124,82 @@ class TrainParams(Section):
             raise ValueError("l_simple_weight and original_elbo_weight are both 0, so there is nothing to minimise")
         return self
 
+    @model_validator(mode="after")
+    def _guide_is_reached(self) -> TrainParams:
+        if self.guide_images is not None and self.guide_images > self.total_images:
+            raise ValueError(f"guide_images is {self.guide_images}, more than the {self.total_images} of total_images")
+        return self
+
+
+class ClassifierParams(Section):
+    """Of the recipes with classifier guidance."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)]
+    total_images: Positive
+    batch_size: Positive
+    learning_rate: Annotated[float, Field(gt=0.0)]
+    learning_rate_schedule: Literal["constant", "cosine"]
+    warmup_images: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    max_grad_norm: Annotated[float, Field(gt=0.0)]
+    ema_half_life_images: Positive
+    horizontal_flip: bool
+    precision: Literal["float32", "bfloat16", "auto"]
+    log_every_images: Positive
+    checkpoint_every_images: Positive
+    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channel_multipliers: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"]
+    num_blocks: Positive
+    attention_resolutions: list[Positive]
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    pooling: Literal["attention", "mean"]
+
+
+class MixedSet(Section):
+    """One of several shard sets to draw from."""
+
+    shards: str
+    weight: Annotated[float, Field(gt=0.0)]
+
+
+class OrderParams(Section):
+    kind: Literal["random", "windowed"]
+    lanes: Positive
+    window_images: Positive
+    class_balanced: bool
+    mix: Annotated[list[MixedSet], Field(min_length=1)] | None
+
+    @model_validator(mode="after")
+    def _balance_is_random(self) -> OrderParams:
+        if self.class_balanced and self.kind == "windowed":
+            raise ValueError(
+                "class_balanced is true, but kind is windowed: classes lie in different shards, so that no rank could "
+                "stay with few; use kind: random, or one shard set a class and order.mix"
+            )
+        return self
+
 
 class SampleParams(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     num_samples: Annotated[int, Field(ge=2)]
     sampler: Literal["ddim", "ddpm", "dpm_solver", "heun"]
     steps: Positive
-    spacing: Literal["trailing", "leading", "linspace", "quad"]
+    spacing: Literal["trailing", "leading", "linspace", "quad", "logsnr"]
     eta: Share
     guidance: float
+    guidance_interval: Annotated[list[Annotated[float, Field(ge=0.0)]], Field(min_length=2, max_length=2)] | None
+    autoguidance: float
+    classifier_scale: float
     dynamic_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None
+
+    @model_validator(mode="after")
+    def _guidance_is_one(self) -> SampleParams:
+        if self.autoguidance != 1 and self.guidance not in (0, 1):
+            raise ValueError("autoguidance and guidance are both on: set guidance to 1, or to 0, or autoguidance to 1")
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}, expected two rising noise levels")
+        return self
 
 
 class EvaluateParams(Section):
@@ -141,8 +216,10 @@ class Params(Section):
     schedule: ScheduleParams
     model: ModelParams
     train: TrainParams
+    order: OrderParams
     sample: SampleParams
     evaluate: EvaluateParams
+    classifier: ClassifierParams | None = None
 
     @model_validator(mode="after")
     def _eps_needs_signal(self) -> Params:
@@ -150,6 +227,15 @@ class Params(Section):
             raise ValueError(
                 "schedule.zero_terminal_snr is true, so model.parameterization must be v or x0: at the last step eps "
                 "says nothing of the image"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_bound_for_one_variance(self) -> Params:
+        if self.model.learned_variance and self.train.original_elbo_weight != 0.0:
+            raise ValueError(
+                f"train.original_elbo_weight is {self.train.original_elbo_weight}, the weight of a fixed variance's "
+                "bound, so it must be 0 where model.learned_variance is true"
             )
         return self
 
@@ -215,6 +301,6 @@ def _plain(item: Any) -> str:
 
 def _known_keys(section: str) -> str:
     annotation = Params.model_fields[section].annotation
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, Section)
-    return ", ".join(annotation.model_fields)
+    model = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    assert issubclass(model, Section)
+    return ", ".join(model.model_fields)

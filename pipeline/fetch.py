@@ -1,8 +1,8 @@
 """Stage `fetch`: a data set this machine already has -> image files under data/fetched, one sub-folder a class.
 
-Run as `python -m pipeline.fetch`. Nothing is downloaded: `digits` comes with scikit-learn, `idx` reads MNIST-style
-files (Debian's package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist). When `data.raw` names
-a folder of your own, only a note is written.
+Run as `python -m pipeline.fetch`. Nothing is downloaded: `digits` and `photo_tiles` come with scikit-learn, `idx` reads
+MNIST-style files (Debian's package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist). When
+`data.raw` names a folder of your own, only a note is written.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pipeline.runtime.process import run_stage
 IDX_IMAGES = "train-images-idx3-ubyte"
 IDX_LABELS = "train-labels-idx1-ubyte"
 UNSIGNED_BYTE = 0x08
+TILE_PX = 32
+TILE_STEP_PX = 16
 NOTE = "data.raw in params.yaml is {raw}, a folder of your own, so nothing was fetched.\n"
 
 
@@ -92,10 +94,33 @@ def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return np.round(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8), labels.astype(np.uint8)
 
 
+def load_photo_tiles() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """scikit-learn's two photographs (a temple, a flower) in colour, cut into tiles that overlap by half."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [np.asarray(photo, dtype=np.uint8) for photo in load_sample_images().images]
+    tiles = [make_tiles(photo, TILE_PX, TILE_STEP_PX) for photo in photos]
+    labels = np.repeat(np.arange(len(tiles), dtype=np.uint8), [len(part) for part in tiles])
+    return np.concatenate(tiles), labels
+
+
+def make_tiles(photo: NDArray[np.uint8], size: int, step: int) -> NDArray[np.uint8]:
+    """All squares of `size` px, `step` px apart, that lie inside a photo, row by row.
+
+    Example:
+        >>> make_tiles(np.zeros((40, 64, 3), np.uint8), 32, 16).shape
+        (3, 32, 32, 3)
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(photo, (size, size), axis=(0, 1))[::step, ::step]
+    return np.ascontiguousarray(windows.reshape(-1, photo.shape[2], size, size).transpose(0, 2, 3, 1))
+
+
 def load_source(params: FetchParams) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images `(n, h, w)` and labels `(n,)` of the source that params.yaml names."""
+    """Images `(n, h, w)` or `(n, h, w, 3)` and labels `(n,)` of the source that params.yaml names."""
     if params.source == "digits":
         return load_digits()
+    if params.source == "photo_tiles":
+        return load_photo_tiles()
     assert params.idx_dir is not None, "config checks this"
     return load_idx_pair(params.idx_dir)
 

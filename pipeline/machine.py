@@ -21,6 +21,8 @@ VARIABLES = {
     "PIPELINE_SAMPLE_BATCH": "images a forward pass in sampling and feature extraction (default 100)",
     "PIPELINE_WORKERS": "loader processes beside each training process (default 0 on CPU, 2 on CUDA)",
     "PIPELINE_COMPILE": "1 or 0: torch.compile (default: only on CUDA)",
+    "PIPELINE_CHANNELS_LAST": "1 or 0: convolutions with the channels last in memory (default: only on CUDA)",
+    "PIPELINE_ACTIVATION_CHECKPOINTING": "1 or 0: train in less memory, computing activations twice (default 0)",
     "PIPELINE_TRACKING": "1 or 0: write runs to MLflow (default 1)",
     "PIPELINE_STATE": "folder for resume state and what the tracker could not send yet (default .state)",
 }
@@ -37,6 +39,8 @@ class Machine:
     sample_batch: int
     workers: int | None
     compile: bool | None
+    channels_last: bool | None
+    activation_checkpointing: bool
     tracking: bool
     state: Path
 
@@ -65,7 +69,9 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
             raise UserError(f"environment: {name} is {text!r}, expected one of {', '.join(allowed)}")
         return text
 
-    compile_text = choice("PIPELINE_COMPILE", "auto", ("0", "1", "auto"))
+    def switch(name: str) -> bool | None:
+        return {"0": False, "1": True, "auto": None}[choice(name, "auto", ("0", "1", "auto"))]
+
     return Machine(
         device=choice("PIPELINE_DEVICE", "auto", ("auto", "cpu", "cuda")),
         processes=count("PIPELINE_PROCESSES", 1),
@@ -73,7 +79,9 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
         micro_batch=count("PIPELINE_MICRO_BATCH", 1),
         sample_batch=count("PIPELINE_SAMPLE_BATCH", 1) or 100,
         workers=count("PIPELINE_WORKERS", 0),
-        compile=None if compile_text == "auto" else compile_text == "1",
+        compile=switch("PIPELINE_COMPILE"),
+        channels_last=switch("PIPELINE_CHANNELS_LAST"),
+        activation_checkpointing=choice("PIPELINE_ACTIVATION_CHECKPOINTING", "0", ("0", "1")) == "1",
         tracking=choice("PIPELINE_TRACKING", "1", ("0", "1")) == "1",
         state=Path(given.get("PIPELINE_STATE", "") or ".state"),
     )

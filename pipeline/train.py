@@ -7,39 +7,44 @@ import getpass
 import io
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ddpm_core import EMA, p_losses
+from ddpm_core import EMA, count_cost, p_losses
 from pipeline import paths
 from pipeline.build import (
+    build_context,
     build_learning_rate,
     build_network,
     build_optimizer,
+    build_order,
     build_precision,
     build_sampler,
     build_schedule,
     build_timestep_sampling,
+    has_learned_variance,
+    inner_network,
     make_model_spec,
+    place_network,
 )
 from pipeline.config import Params, SampleParams, load_params
-from pipeline.data.index import ShardIndex, load_index
+from pipeline.data.index import ShardIndex, load_indexes
 from pipeline.data.loader import iterate_batches
-from pipeline.data.order import Order
-from pipeline.data.pixels import make_grid
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
-from pipeline.engine.loop import LoopPlan, Observers, train
+from pipeline.engine.generate import GRID_ROWS
+from pipeline.engine.loop import LoopPlan, Observers, resume, train
 from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
 from pipeline.lineage import provenance, source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
-from pipeline.runtime.files import locked_folder, save_json, save_text
+from pipeline.runtime.files import locked_folder, save_json, save_text, sha256_json
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
@@ -47,8 +52,9 @@ from pipeline.runtime.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 PREVIEW = SampleParams(
-    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, dynamic_threshold=None
-)  # of the pictures drawn while training; no parameter of the stage, as they change no result
+    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, guidance_interval=None,
+    autoguidance=1.0, classifier_scale=0.0, dynamic_threshold=None,
+)  # fmt: skip # of the pictures drawn while training; no parameter of the stage, as they change no result
 
 
 def main() -> None:
@@ -56,44 +62,50 @@ def main() -> None:
     params, machine = load_params(), load_machine()
     restart_under_torchrun("pipeline.train", machine)
     stop = StopRequest()
-    index = load_index(paths.SHARDS)
-    spec = make_model_spec(params, index)
+    indexes = load_indexes([entry.shards for entry in params.order.mix] if params.order.mix else [paths.SHARDS])
+    spec = make_model_spec(params, *indexes)
     with start_topology(machine) as topology:
         dtype = build_precision(params.train.precision, topology.device)
-        lineage = make_lineage(params, index, dtype)
+        lineage = make_lineage(params, indexes, dtype)
         checkpoints = CheckpointFolder(machine.state / "train" / lineage["train_key"])
         with (
             locked_folder(checkpoints.root) if topology.is_main else nullcontext(),
-            open_run(params, machine, topology, index, lineage) as tracker,
+            open_run(params, machine, topology, indexes, lineage) as tracker,
         ):
             step = make_step(params, machine, topology, spec, dtype)
+            if topology.is_main:
+                report_cost(step.state.network, spec, tracker)
             resume(step.state, checkpoints, topology)
-            run_loop(step, params, machine, topology, index, spec, checkpoints, tracker, stop)
+            run_loop(step, params, machine, topology, indexes, spec, checkpoints, tracker, stop)
             if topology.is_main:
                 publish(step.state, spec, lineage, tracker)
             topology.barrier()
 
 
-def make_lineage(params: Params, index: ShardIndex, dtype: torch.dtype) -> dict[str, Any]:
+def make_lineage(params: Params, indexes: Sequence[ShardIndex], dtype: torch.dtype) -> dict[str, Any]:
     """Where the model comes from; its `train_key` names the resume state and the MLflow run."""
-    sections = (params.schedule, params.model, params.train)
+    sections = (params.schedule, params.model, params.train, params.order)
+    hashes = [index.sha256 for index in indexes]
+    shards = hashes[0] if len(hashes) == 1 else sha256_json(hashes)
     precision = str(dtype).removeprefix("torch.")
     return {
-        "train_key": stage_key("pipeline.train", sections, {"shards": index.sha256, "precision": precision}),
+        "train_key": stage_key("pipeline.train", sections, {"shards": shards, "precision": precision}),
         "precision": precision,
-        "shard_index_sha256": index.sha256,
+        "shard_index_sha256": shards,
         "code_sha256": source_sha256("pipeline.train"),
         "train": params.train.model_dump(mode="json"),
+        "order": params.order.model_dump(mode="json"),
     }
 
 
 def open_run(
-    params: Params, machine: Machine, topology: Topology, index: ShardIndex, lineage: dict[str, Any]
+    params: Params, machine: Machine, topology: Topology, indexes: Sequence[ShardIndex], lineage: dict[str, Any]
 ) -> Tracker:
     """The model's MLflow run, with what is known before the first step; silent on other ranks."""
+    index = indexes[0]
     name = f"{index.num_classes or 'no'}-class-{index.image_size}px-{lineage['train_key'][:6]}"
     tags = {
-        "shard_index_sha256": index.sha256,
+        "shard_index_sha256": lineage["shard_index_sha256"],
         "world_size": str(topology.world_size),
         "device": torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -105,11 +117,14 @@ def open_run(
     tracker = open_tracker(
         machine.state, lineage["train_key"], run_name=name, tags=tags, enabled=topology.is_main and machine.tracking
     )
-    sections: Mapping[str, Any] = params.model_dump(mode="json", include={"schedule", "model", "train"})
+    sections: Mapping[str, Any] = params.model_dump(mode="json", include={"schedule", "model", "train", "order"})
     tracker.log_params({f"{s}.{key}": value for s, content in sections.items() for key, value in content.items()})
-    data = {"num_images": index.num_images, "num_classes": index.num_classes, "image_size": index.image_size}
+    num_images = sum(one.num_images for one in indexes)
+    data = {"num_images": num_images, "num_classes": index.num_classes, "image_size": index.image_size}
     tracker.log_params({f"data.{key}": value for key, value in {"raw": params.data.raw, **data}.items()})
-    tracker.set_dataset(Path(params.data.raw).name, index.sha256[:16], source=params.data.raw, profile=data)
+    tracker.set_dataset(
+        Path(params.data.raw).name, lineage["shard_index_sha256"][:16], source=params.data.raw, profile=data
+    )
     return tracker
 
 
@@ -129,9 +144,8 @@ def make_step(
     if config.batch_size < topology.world_size:
         raise UserError(f"params.yaml: train.batch_size is {config.batch_size}, less than {topology.world_size} ranks")
     device = topology.device
-    network = build_network(spec, seed=config.seed).to(device)
-    if device.type == "cuda":
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = place_network(build_network(spec, seed=config.seed), device, machine.channels_last)
+    inner_network(network).activation_checkpointing = machine.activation_checkpointing
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
     average = EMA(network, config.ema_half_life_images)
     state = TrainState(network, average, build_optimizer(config, network), sums=sums)
@@ -148,6 +162,7 @@ def make_step(
         loss=partial(
             p_losses,
             parameterization=spec["parameterization"],
+            learned_variance=has_learned_variance(spec),
             loss_type=config.loss_type,
             l_simple_weight=config.l_simple_weight,
             original_elbo_weight=config.original_elbo_weight,
@@ -155,19 +170,20 @@ def make_step(
         ),
         timesteps=build_timestep_sampling(config),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
+        context=build_context(spec),
+        guide_images=config.guide_images,
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
 
 
-def resume(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) -> None:
-    """Load the newest whole checkpoint, the same on every rank."""
-    newest = topology.from_main((checkpoints.newest() or 0) if topology.is_main else 0)
-    if newest:
-        checkpoints.load(state, newest, topology.device)
-        if topology.is_main:
-            log.info("train: going on at %s images, from %s", f"{newest:,}", checkpoints.root)
-        else:
-            state.sums.zero_()  # the main rank carries the sums of all
+def report_cost(network: nn.Module, spec: dict[str, Any], tracker: Tracker) -> None:
+    """Say how large the network is and what an image costs it."""
+    inner = inner_network(network)
+    cost = count_cost(inner, inner.input_shape)
+    gflop = cost.flop_per_image / 1e9
+    tracker.log_params({"model.parameters": cost.parameters, "model.gflop_per_image": round(gflop, 6)})
+    log.info("train: %s, %s parameters, %.3g GFLOP an image forward",
+             spec["network"]["name"], f"{cost.parameters:,}", gflop)  # fmt: skip
 
 
 def run_loop(
@@ -175,7 +191,7 @@ def run_loop(
     params: Params,
     machine: Machine,
     topology: Topology,
-    index: ShardIndex,
+    indexes: Sequence[ShardIndex],
     spec: dict[str, Any],
     checkpoints: CheckpointFolder,
     tracker: Tracker,
@@ -186,17 +202,16 @@ def run_loop(
     steps = range(state.images_seen // config.batch_size, -(-config.total_images // config.batch_size))
     on_gpu = topology.device.type == "cuda"
     batches = iterate_batches(
-        index, Order(index.num_images, config.seed),
+        indexes, build_order(params, indexes),
         batch_size=config.batch_size, steps=steps, share=topology.slice_of(config.batch_size),
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
-    sampler = build_sampler(quick, spec, state.ema.network, step.schedule)
-    columns = min(10, len(spec["labels"]) or 10)
+    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, indexes[0])
 
     def preview(images_seen: int) -> None:
-        pixels = sampler(torch.arange(PREVIEW.num_samples, device=topology.device))
-        tracker.log_image("samples", make_grid(pixels.cpu().numpy(), columns), images_seen)
+        pixels = sampler(torch.arange(GRID_ROWS * sampler.columns, device=topology.device))
+        tracker.log_image("samples", sampler.picture(pixels.cpu().numpy()), images_seen)
 
     plan = LoopPlan(
         total_images=steps.stop * config.batch_size,
@@ -210,7 +225,7 @@ def run_loop(
 
 def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:
     """Write the stage's outputs: equal training gives equal bytes."""
-    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen})
+    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen}, state.guide)
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -31,14 +31,19 @@ TINY = {
 }
 
 
-def make_project(folder: Path, *, num_images: int = 120, num_classes: int = 3, **changes: Any) -> Path:
-    """A copy of the pipeline in `folder` with `num_images` digits in `images/`; `changes` like train__seed=1."""
+def make_project(
+    folder: Path, *, num_images: int = 120, num_classes: int = 3, recipe: str = "", **changes: Any
+) -> Path:
+    """A copy of the pipeline in `folder` with `num_images` digits in `images/`; `changes` like train__seed=1.
+
+    With a `recipe` such as recipes/guided the parameters and dvc.yaml are that recipe's; it is not moved there.
+    """
     for name in ("pipeline", "ddpm_core"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dvc.yaml", folder)
+    shutil.copy(ROOT / recipe / "dvc.yaml", folder)
     shutil.copy(ROOT / ".dvcignore", folder)
     yaml = YAML()
-    params = yaml.load((ROOT / "params.yaml").read_text())
+    params = yaml.load((ROOT / recipe / "params.yaml").read_text())
     for key, value in {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}.items():
         section, name = key.split(".")
         assert name in params[section], key

@@ -18,9 +18,8 @@ def make_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
 
 def zero_init(module: Layer) -> Layer:
     """The same layer with weights and bias of zero: a residual branch that starts as the identity."""
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
     return module
 
 

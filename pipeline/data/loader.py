@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.data.index import ShardIndex
 from pipeline.data.order import Order
-from pipeline.data.store import ShardStore
+from pipeline.data.store import MixedStore, ShardStore
 from pipeline.errors import UserError
 
 
@@ -34,20 +36,35 @@ class Batch:
 class _Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Step number -> this rank's batch. A map-style data set, so that any number of workers gives the same order."""
 
-    def __init__(self, index: ShardIndex, order: Order, batch_size: int, share: slice) -> None:
-        self.store = ShardStore(index)
+    def __init__(self, indexes: Sequence[ShardIndex], order: Order, batch_size: int, share: slice) -> None:
+        stores = [ShardStore(index) for index in indexes]
+        self.store = stores[0] if len(stores) == 1 else MixedStore(stores)
+        size, channels = indexes[0].image_size, indexes[0].channels
+        self.shape = (share.stop - share.start, channels, size, size)
         self.order = order
         self.batch_size = batch_size
         self.share = share
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         start, stop = step * self.batch_size + self.share.start, step * self.batch_size + self.share.stop
-        images, labels = self.store.read(self.order.images(start, stop))
-        return torch.from_numpy(images), torch.from_numpy(labels), torch.arange(start, stop)
+        images = _empty(self.shape)
+        positions = np.arange(start, stop)
+        _, labels = self.store.read(self.order.images_at(positions), images.numpy())
+        return images, torch.from_numpy(labels), torch.from_numpy(positions)
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """Room for a batch. In a worker it is shared memory, as in torch's own collation: the batch need not be copied
+    there before it can go to the training process."""
+    empty = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is None:
+        return empty.new_empty(shape)
+    storage = empty.untyped_storage()._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
+    return empty.set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
 
 
 def iterate_batches(
-    index: ShardIndex,
+    indexes: Sequence[ShardIndex],
     order: Order,
     *,
     batch_size: int,
@@ -59,7 +76,7 @@ def iterate_batches(
     """This rank's batches, one a step: step s is the global positions [s B, (s + 1) B), of which a rank reads a slice.
 
     Args:
-        index: the shards.
+        indexes: the shard sets, several if they are mixed; all hold images of one shape.
         order: the global order.
         batch_size: B, over all ranks.
         steps: which steps; to resume, start later. There is no other state.
@@ -68,7 +85,7 @@ def iterate_batches(
         pin_memory: page-locked memory for asynchronous copies to a GPU.
     """
     loader = DataLoader(
-        _Steps(index, order, batch_size, share),
+        _Steps(indexes, order, batch_size, share),
         batch_size=None,
         sampler=steps,
         num_workers=workers,

@@ -22,6 +22,7 @@ from pipeline.runtime.files import load_json, save_json, sha256_file, whole_fold
 
 log = logging.getLogger(__name__)
 MODEL_FORMAT = 2
+WEIGHTS_NAME, GUIDE_NAME = "weights.safetensors", "guide.safetensors"
 
 
 class CheckpointFolder:
@@ -93,10 +94,19 @@ def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
-def save_model(folder: Path, network: nn.Module, spec: dict[str, Any], lineage: dict[str, Any]) -> None:
-    """The finished model: `weights.safetensors` and `model.json`, byte-equal for equal training."""
+def save_model(
+    folder: Path,
+    network: nn.Module,
+    spec: dict[str, Any],
+    lineage: dict[str, Any],
+    guide: dict[str, Tensor] | None = None,
+) -> None:
+    """The finished model: `weights.safetensors` and `model.json`, byte-equal for equal training; with the weights of a
+    guide also `guide.safetensors`."""
     with whole_folder(folder) as aside:
-        save_file(_contiguous(network.state_dict()), aside / "weights.safetensors")
+        save_file(_contiguous(network.state_dict()), aside / WEIGHTS_NAME)
+        if guide is not None:
+            save_file(_contiguous(guide), aside / GUIDE_NAME)
         save_json(aside / "model.json", {"format": MODEL_FORMAT, **spec, "lineage": lineage})
 
 
@@ -116,6 +126,6 @@ def load_model_spec(folder: Path) -> dict[str, Any]:
     return spec
 
 
-def load_weights(folder: Path, network: nn.Module) -> None:
-    """Put `weights.safetensors` of a model folder into a network of the same shape."""
-    network.load_state_dict(load_file(folder / "weights.safetensors"))
+def load_weights(folder: Path, network: nn.Module, name: str = WEIGHTS_NAME) -> None:
+    """Put `weights.safetensors` of a model folder, or another file of it, into a network of the same shape."""
+    network.load_state_dict(load_file(folder / name))

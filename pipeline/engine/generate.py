@@ -11,11 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data.pixels import to_uint8
+from pipeline.data.pixels import make_grid, to_uint8
+from pipeline.engine.context import RealContexts, to_condition
 from pipeline.errors import UserError
 from pipeline.runtime.files import whole_file
 from pipeline.runtime.rng import Stream, draw_normal
 from pipeline.runtime.topology import Topology
+
+GRID_ROWS = 8
+GRID_COLUMNS = 10
+TRIPTYCH_COLUMNS = 4
 
 
 class ImageSampler:
@@ -27,20 +32,30 @@ class ImageSampler:
         classes: the labels to ask for; they go round with the seed, so any range of seeds is balanced. Empty: the model
             has none.
         shape: of one image, (c, h, w).
+        contexts: for a model with a context: those of the seeds, whose labels then count instead of `classes`.
     """
 
     def __init__(
-        self, method: Callable[..., Tensor], *, seed: int, classes: Sequence[int], shape: tuple[int, ...]
+        self,
+        method: Callable[..., Tensor],
+        *,
+        seed: int,
+        classes: Sequence[int],
+        shape: tuple[int, ...],
+        contexts: RealContexts | None = None,
     ) -> None:
         self.method = method
         self.seed = seed
         self.classes = tuple(classes)
         self.shape = shape
+        self.contexts = contexts
 
     def labels(self, seeds: Tensor) -> Tensor | None:
         """(b,) int64 labels of (b,) seeds; None without classes."""
         if not self.classes:
             return None
+        if self.contexts is not None:
+            return self.contexts.labels(seeds)
         return torch.tensor(self.classes, device=seeds.device)[seeds % len(self.classes)]
 
     def __call__(self, seeds: Tensor) -> Tensor:
@@ -49,7 +64,19 @@ class ImageSampler:
         def noise(k: int) -> Tensor:
             return draw_normal(self.seed, Stream.SAMPLE, seeds, self.shape, draw=k)
 
-        return to_uint8(self.method(noise(0), noise, condition=self.labels(seeds)))
+        context = None if self.contexts is None else self.contexts(seeds)
+        images = self.method(noise(0), noise, condition=to_condition(self.labels(seeds), context))
+        return to_uint8(images if context is None else context.complete(images))
+
+    @property
+    def columns(self) -> int:
+        """Of a picture of samples: one a class, as far as they fit."""
+        return min(GRID_COLUMNS, len(self.classes) or GRID_COLUMNS) if self.contexts is None else TRIPTYCH_COLUMNS
+
+    def picture(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The images of seeds 0..n-1, (n, c, h, w), as one (H, W, 3); those with a context between it and the
+        original."""
+        return make_grid(images if self.contexts is None else self.contexts.triptychs(images), self.columns)
 
 
 def generate_blocks(

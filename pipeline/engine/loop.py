@@ -49,6 +49,17 @@ class Observers:
     preview: Callable[[int], None]
 
 
+def resume(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) -> None:
+    """Load the newest whole checkpoint, the same on every rank."""
+    newest = topology.from_main((checkpoints.newest() or 0) if topology.is_main else 0)
+    if newest:
+        checkpoints.load(state, newest, topology.device)
+        if topology.is_main:
+            log.info("train: going on at %s images, from %s", f"{newest:,}", checkpoints.root)
+        else:
+            state.sums.zero_()  # the main rank carries the sums of all
+
+
 def train(
     step: TrainStep,
     batches: Iterator[Batch],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -16,8 +17,9 @@ from tqdm import tqdm
 
 from ddpm_core.frechet import Moments, frechet_distance
 from pipeline.data.index import ShardIndex
-from pipeline.data.store import ShardStore
+from pipeline.data.store import ShardStore, read_meta
 from pipeline.engine.features import Extractor
+from pipeline.errors import UserError
 from pipeline.runtime.rng import Stream, draw_permutation
 from pipeline.runtime.topology import Topology
 
@@ -129,6 +131,42 @@ def class_accuracy(
     order = draw_permutation(0, Stream.HALVES, len(real), draw=1).numpy()
     held_out, rest = np.split(order, [len(real) // 5])
     return agreement(order, samples, asked), agreement(rest, real[held_out], labels[held_out])
+
+
+def context_psnr(real: ShardIndex, samples: ShardIndex) -> dict[str, float | None]:
+    """How near samples with a context are to the images that their contexts were made of, over the predicted pixels.
+
+    10 log10(255^2 / mean squared error), the mean over all pixels of all samples, so that a single perfect one does not
+    make it infinite. A sampler draws one of many possible images: the best mean would score higher and look blurred.
+
+    Returns:
+        `context_psnr` in dB; and `context_psnr_other`, the same against the image of the next sample, what a model
+        gets that ignores its context. None where nothing differs.
+
+    Raises:
+        UserError: the samples don't say of which images they are.
+    """
+    notes = read_meta(samples)
+    if len(notes) != samples.num_images or not all(0 <= note.get("image", -1) < real.num_images for note in notes):
+        raise UserError(f"{samples.folder} does not say which images its contexts are of: run `dvc repro sample`")
+    ids = np.array([note["image"] for note in notes])
+    made, truth = ShardStore(samples), ShardStore(real)
+    errors, pixels = np.zeros(2), 0
+    for start in range(0, len(ids), _CHUNK):
+        places = np.arange(start, min(start + _CHUNK, len(ids)))
+        images = made.read(places)[0].astype(np.float64)
+        inside = np.ones((len(places), 1, *images.shape[2:]), dtype=bool)
+        for place, note in enumerate(notes[start : start + _CHUNK]):
+            if "hole" in note:
+                top, left, height, width = note["hole"]
+                inside[place] = False
+                inside[place, 0, top : top + height, left : left + width] = True
+        pixels += int(inside.sum()) * images.shape[1]
+        for which, shift in enumerate((0, 1)):
+            target = truth.read(ids[(places + shift) % len(ids)])[0]
+            errors[which] += (np.square(images - target) * inside).sum()
+    same, other = (10 * math.log10(255**2 * pixels / error) if error else None for error in errors.tolist())
+    return {"context_psnr": same, "context_psnr_other": other}
 
 
 def memorised_share(candidates: NDArray[np.float32], real: NDArray[np.float32]) -> float:

@@ -30,6 +30,7 @@ class TrainState:
             then of the losses in each quarter of the chain; then the number of images in each.
         history: the loss curve, one row of `COLUMNS` each time it was logged; a quarter that no image fell in is left
             out.
+        guide: the average as it was at an earlier time, for autoguidance; None before that, or where none is asked for.
     """
 
     network: nn.Module
@@ -38,10 +39,16 @@ class TrainState:
     images_seen: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(NUM_SUMS, dtype=torch.float64))
     history: list[dict[str, float]] = field(default_factory=list)
+    guide: dict[str, Tensor] | None = None
 
     def tensors(self) -> dict[str, Any]:
         """What a resume needs beside `images_seen`, `history` and the average: tensors, numbers, dicts and lists."""
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self.sums,
+            "guide": self.guide,
+        }
 
     def load(
         self,
@@ -55,4 +62,4 @@ class TrainState:
         self.optimizer.load_state_dict(tensors["optimizer"])
         self.ema.network.load_state_dict(average)
         self.sums.copy_(tensors["sums"])
-        self.images_seen, self.history = images_seen, history
+        self.images_seen, self.history, self.guide = images_seen, history, tensors["guide"]

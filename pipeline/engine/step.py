@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_core import DiffusionLoss, NoiseSchedule, drop_labels, uniform_timesteps
+from ddpm_core import Condition, DiffusionLoss, NoiseSchedule, drop_labels, uniform_timesteps
 from pipeline.data.loader import Batch
 from pipeline.data.pixels import to_unit_range
+from pipeline.engine.context import ContextMaker, to_condition, training_context
 from pipeline.engine.state import QUARTILES, TrainState
 from pipeline.runtime.rng import Stream, draw_integer, draw_normal, draw_uniform
 from pipeline.runtime.topology import Topology
@@ -39,6 +40,8 @@ class StepPlan:
         timesteps: `timesteps(u, places, T)` -> (b,) int64 diffusion steps, from (b,) numbers in [0, 1) and the images'
             places in the global order.
         compile: compile the network.
+        context: what makes the clean channels beside the image; None for a model without.
+        guide_images: images seen after which a copy of the average is kept; None for none.
     """
 
     seed: int
@@ -53,6 +56,8 @@ class StepPlan:
     loss: Callable[..., DiffusionLoss]
     timesteps: Callable[[Tensor, Tensor, int], Tensor] = sample_uniformly
     compile: bool = False
+    context: ContextMaker | None = None
+    guide_images: int | None = None
 
 
 class TrainStep:
@@ -84,6 +89,8 @@ class TrainStep:
         # Equal on every rank: each adds its share, so that the sum over ranks counts the norm once.
         state.sums[3] += norm.detach() / self.topology.world_size
         state.images_seen += plan.batch_size
+        if plan.guide_images is not None and state.guide is None and state.images_seen >= plan.guide_images:
+            state.guide = {name: value.clone() for name, value in state.ema.network.state_dict().items()}
 
     def _backward(self, batch: Batch, part: slice) -> None:
         plan, device = self.plan, self.topology.device
@@ -104,7 +111,7 @@ class TrainStep:
         self.state.sums[:3] += sums.detach()
         self.state.sums[4:] += sum_quarters(parts.loss.detach(), t, self.schedule.num_timesteps)
 
-    def _draw(self, x0: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _draw(self, x0: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Condition]:
         """Everything random about a batch, keyed by each image's place in the global order."""
         plan = self.plan
         u = draw_uniform(plan.seed, Stream.TIMESTEP, places)
@@ -113,10 +120,11 @@ class TrainStep:
         if plan.horizontal_flip:
             mirror = draw_uniform(plan.seed, Stream.FLIP, places) < 0.5
             x0 = torch.where(mirror[:, None, None, None], x0.flip(-1), x0)
+        context = None if plan.context is None else training_context(plan.context, x0, plan.seed, places)
         if plan.null_label is None:
-            return x0, t, noise, None
+            return x0, t, noise, to_condition(None, context)
         drop = draw_uniform(plan.seed, Stream.LABEL_DROPOUT, places) < plan.label_dropout
-        return x0, t, noise, drop_labels(labels, drop, plan.null_label)
+        return x0, t, noise, to_condition(drop_labels(labels, drop, plan.null_label), context)
 
 
 def sum_quarters(loss: Tensor, t: Tensor, num_timesteps: int) -> Tensor:

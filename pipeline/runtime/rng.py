@@ -31,6 +31,14 @@ class Stream(IntEnum):
     ORDER = 6
     HALVES = 7
     DROPOUT = 8
+    CONTEXT = 9
+    SAMPLE_CONTEXT = 10
+    SAMPLE_IMAGE = 11
+    SHARDS = 16
+    WINDOW = 17
+    BALANCE = 18
+    MIX = 19
+    HELD_OUT = 20
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -74,13 +82,14 @@ def _words(seed: int, stream: Stream, positions: Tensor, num_words: int, draw: i
     return torch.stack(philox(counter, (seed & _MASK, int(stream))), dim=-1).flatten(1)
 
 
-def draw_uniform(seed: int, stream: Stream, positions: Tensor) -> Tensor:
+def draw_uniform(seed: int, stream: Stream, positions: Tensor, *, draw: int = 0) -> Tensor:
     """One number in [0, 1) for each position.
 
     Args:
         seed: in [0, 2**32).
         stream: what the numbers are for.
         positions: (b,) integers in [0, 2**62).
+        draw: which of several independent draws of one position, in [0, 2**32).
 
     Returns:
         (b,) float64 on the device of `positions`, a multiple of 2**-32.
@@ -90,7 +99,7 @@ def draw_uniform(seed: int, stream: Stream, positions: Tensor) -> Tensor:
         >>> torch.equal(draw_uniform(0, Stream.FLIP, places)[1:], draw_uniform(0, Stream.FLIP, places[1:]))
         True
     """
-    return _words(seed, stream, positions, 1, 0)[:, 0].double() * 2.0**-32
+    return _words(seed, stream, positions, 1, draw)[:, 0].double() * 2.0**-32
 
 
 def draw_normal(seed: int, stream: Stream, positions: Tensor, shape: tuple[int, ...], *, draw: int = 0) -> Tensor:

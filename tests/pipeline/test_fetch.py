@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
+from sklearn.datasets import load_sample_images
 
 from pipeline import paths
 from pipeline.errors import UserError
@@ -139,6 +140,17 @@ def test_a_damaged_source_is_named(idx_dir: Path, damage: Callable[[Path], None]
     with pytest.raises(UserError, match=message) as caught:
         load_idx_pair(idx_dir)
     assert "\n" not in str(caught.value)
+
+
+def test_photo_tiles_are_pieces_of_the_photographs(workspace: Path) -> None:
+    _set(raw=str(paths.RAW), source="photo_tiles")
+    main()
+    files = _tree(paths.RAW)
+    photos = load_sample_images().images
+    assert len(files) == 2 * 25 * 39
+    for name, photo, row, column in (("0/0000.png", 0, 0, 0), ("0/0040.png", 0, 16, 16), ("1/1949.png", 1, 384, 608)):
+        tile = np.asarray(Image.open(paths.RAW / name))
+        assert np.array_equal(tile, photos[photo][row : row + 32, column : column + 32]), name
 
 
 def test_a_failed_fetch_leaves_no_folder(workspace: Path, idx_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """A training step's draws and what it adds up for the loss curve."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from ddpm_core import EMA, p_losses, register_schedule, uniform_timesteps
 from pipeline.build import build_timestep_sampling
 from pipeline.config import load_params
 from pipeline.data.loader import Batch
+from pipeline.data.pixels import to_unit_range
 from pipeline.engine.loop import _log_row
 from pipeline.engine.state import COLUMNS, QUARTILES, TrainState
 from pipeline.engine.step import StepPlan, TrainStep, sum_quarters
@@ -36,9 +38,10 @@ class Shift(nn.Module):
 def make_step(*, num_timesteps: int = 100, micro_batch: int = BATCH, **changes) -> tuple[TrainStep, Shift]:
     network = Shift()
     state = TrainState(network, EMA(network, 10), torch.optim.AdamW(network.parameters(), lr=0.0))
-    plan = StepPlan(seed=0, batch_size=BATCH, micro_batch=micro_batch, null_label=None, label_dropout=0.0,
-                    horizontal_flip=False, max_grad_norm=1.0, dtype=torch.float32, learning_rate=lambda images: 0.0,
-                    **{"loss": p_losses, **changes})  # fmt: skip
+    plan = StepPlan(seed=0, batch_size=BATCH, micro_batch=micro_batch, max_grad_norm=1.0, dtype=torch.float32,
+                    learning_rate=lambda images: 0.0,
+                    **{"loss": p_losses, "null_label": None, "label_dropout": 0.0, "horizontal_flip": False,
+                       **changes})  # fmt: skip
     schedule = register_schedule(beta_schedule="cosine", timesteps=num_timesteps)
     return TrainStep(plan, state, schedule, Topology(0, 1, 0, 1, torch.device("cpu"))), network
 
@@ -74,6 +77,28 @@ def test_stratified_steps_cover_each_batch_however_it_is_cut() -> None:
     assert (t // 10).tolist() == list(range(BATCH))
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_train_on_the_numbers_of_one(world: int) -> None:
+    """Timesteps, noise, flips and dropped labels of the whole batch, however it is cut."""
+    step, _ = make_step()
+    step.plan = replace(step.plan, null_label=7, label_dropout=0.4, horizontal_flip=True)
+    batch = batch_at(5)
+    labels = torch.arange(BATCH) % 7
+
+    def draw(part: slice) -> tuple[torch.Tensor, ...]:
+        return step._draw(to_unit_range(batch.images[part]), labels[part], batch.positions[part])
+
+    whole = draw(slice(0, BATCH))
+    ranks = [draw(slice(rank * BATCH // world, (rank + 1) * BATCH // world)) for rank in range(world)]
+    for number, expected in enumerate(whole):
+        assert torch.equal(torch.cat([rank[number] for rank in ranks]), expected)
+    x0, t, _, condition = whole
+    flipped = (x0 != to_unit_range(batch.images)).flatten(1).any(1)
+    assert 0 < flipped.sum() < BATCH
+    assert 0 < (condition == 7).sum() < BATCH
+    assert len(set(t.tolist())) > 4
+
+
 @pytest.mark.parametrize("micro_batch", [BATCH, 5])
 def test_the_loss_by_quarter_is_the_mean_over_its_images(micro_batch: int) -> None:
     kept: list[torch.Tensor] = []
@@ -94,6 +119,20 @@ def test_the_loss_by_quarter_is_the_mean_over_its_images(micro_batch: int) -> No
     assert row["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
     assert row["loss"] != row["loss_simple"]
     assert not step.state.sums.any()
+
+
+def test_the_guide_is_the_average_when_its_images_are_reached_and_stays_as_it_was() -> None:
+    step, _ = make_step(guide_images=BATCH + 1)
+    averages, guides = [], []
+    for place in range(3):
+        step.state.ema.network.shift.fill_(1.0 + place)
+        step(batch_at(place))
+        averages.append(step.state.ema.network.shift.clone())
+        guides.append(None if step.state.guide is None else step.state.guide["shift"].clone())
+    assert guides[0] is None
+    assert torch.equal(guides[1], averages[1])
+    assert torch.equal(guides[2], averages[1])
+    assert not torch.equal(averages[2], averages[1])
 
 
 def test_a_quarter_without_images_is_left_out_of_the_row() -> None:
