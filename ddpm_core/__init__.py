@@ -29,7 +29,9 @@ from ddpm_core.conditioning import (
 )
 from ddpm_core.dictionaries import ExactEmbedding, NearestEmbedding, QuantizedEmbedding, take_auxiliary_loss
 from ddpm_core.ema import EMA
+from ddpm_core.frechet import Moments, frechet_distance, frechet_distance_of_features
 from ddpm_core.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Denoiser, IntervalGuidance
+from ddpm_core.kernel import KernelDistance, kernel_distance, kernel_inception_distance
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
 from ddpm_core.losses import (
     LOSS_TYPES,
@@ -40,6 +42,7 @@ from ddpm_core.losses import (
     p_losses,
     weighted_loss,
 )
+from ddpm_core.neighbours import NeighbourScores, neighbour_scores
 from ddpm_core.nn.classifier import NoisyClassifier
 from ddpm_core.nn.cost import Cost, count_cost
 from ddpm_core.nn.dit import DiT
@@ -104,9 +107,12 @@ __all__ = [
     "ExactEmbedding",
     "Inpaint",
     "IntervalGuidance",
+    "KernelDistance",
     "LinearOperator",
     "LossAwareTimesteps",
+    "Moments",
     "NearestEmbedding",
+    "NeighbourScores",
     "NoiseSchedule",
     "NoisyClassifier",
     "QuantizedEmbedding",
@@ -120,13 +126,18 @@ __all__ = [
     "discretised_gaussian_log_likelihood",
     "drop_conditions",
     "drop_labels",
+    "frechet_distance",
+    "frechet_distance_of_features",
     "gaussian_kernel",
     "get_loss",
     "invert_ddim",
+    "kernel_distance",
+    "kernel_inception_distance",
     "learned_log_variance",
     "make_betas",
     "make_timesteps",
     "min_snr_weights",
+    "neighbour_scores",
     "p_losses",
     "predict_noise_from_start",
     "predict_start_from_noise",
