@@ -31,6 +31,7 @@ from ddpm_core.dictionaries import ExactEmbedding, NearestEmbedding, QuantizedEm
 from ddpm_core.ema import EMA
 from ddpm_core.frechet import Moments, frechet_distance, frechet_distance_of_features
 from ddpm_core.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Denoiser, IntervalGuidance
+from ddpm_core.inception_score import ClassSums, InceptionScore
 from ddpm_core.kernel import KernelDistance, kernel_distance, kernel_inception_distance
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
 from ddpm_core.losses import (
@@ -91,6 +92,7 @@ __all__ = [
     "AutoGuidance",
     "BitsPerDim",
     "ClassEmbedding",
+    "ClassSums",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "Colourise",
@@ -105,6 +107,7 @@ __all__ = [
     "DiT",
     "DiffusionLoss",
     "ExactEmbedding",
+    "InceptionScore",
     "Inpaint",
     "IntervalGuidance",
     "KernelDistance",

@@ -53,7 +53,7 @@ def resize_tf1(images: Tensor) -> Tensor:
 
 def resize_clean(images: Tensor) -> Tensor:
     """Resize to 299 px by antialiased bicubic interpolation in float32, clipped to [0, 255], nothing rounded: what
-    clean-fid does with Pillow, the same filter (a = -0.5) to rounding.
+    clean-fid does with Pillow, the same filter (a = -0.5) to a hundredth of a grey level.
 
     **Source**: Parmar et al. 2022, section 3. Args and Returns as :func:`resize_tf1`.
     """

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     BALANCE = 18
     MIX = 19
     HELD_OUT = 20
+    SCORES = 30
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
