@@ -47,7 +47,7 @@ def score_family(
     sample_logits: Tensor | None = None,
     settings: FamilySettings | None = None,
 ) -> dict[str, float]:
-    """Every score that both sides' kept features allow. Equal inputs give equal scores to rounding: all draws are fixed.
+    """Every score that both sides' kept features allow. All draws are fixed, so equal inputs give equal scores.
 
     Args:
         real: (n, d) features of real images, at most `MOST_KEPT` are looked at, and as many of the samples.
