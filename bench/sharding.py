@@ -33,7 +33,7 @@ from PIL import Image
 from bench.report import ROOT, Row, run
 
 ROUNDS = 3
-SMALL_IMAGES, LARGE_IMAGES = 20_000, 16_000
+SMALL_IMAGES, LARGE_IMAGES = 20_000, 24_000
 CLASSES = 10
 
 
