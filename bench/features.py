@@ -3,9 +3,8 @@
 `lite0_features`: `load_extractor("efficientnet_lite0")` against the same network in eager torch with its normalisations
 apart, as efficientnet-lite-pytorch runs it; at least 4 times as fast. `inception_features`: the same for FID's
 Inception with random weights against eager torch in contiguous memory, as pytorch-fid runs it; at least twice.
-`lite0_torch` and `inception_torch` inform: our networks by torch itself (PIPELINE_FEATURES=torch). All sides take turns in one process
-with all cores, 50 images a turn,
-pytorch-fid's batch.
+`lite0_torch` and `inception_torch` inform: our networks by torch itself (PIPELINE_FEATURES=torch). All sides take
+turns in one process with all cores, 50 images a turn, pytorch-fid's batch.
 """
 
 from __future__ import annotations
