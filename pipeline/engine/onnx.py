@@ -102,25 +102,37 @@ class _Graph:
                 return self.node("Concat", [self.add(branch, x) for branch in layer.branches], {"axis": 1})
             case nn.Conv2d():
                 assert layer.bias is not None
-                inputs = [x, self.constant(layer.weight), self.constant(layer.bias)]
-                return self.window("Conv", inputs, layer, {"group": layer.groups})
+                return self.convolution(layer, layer.weight, layer.bias, x)
             case nn.ReLU6():
                 return self.node("Clip", [x, self.constant(torch.tensor(0.0)), self.constant(torch.tensor(6.0))])
             case nn.ReLU():
                 return self.node("Relu", [x])
             case nn.MaxPool2d() | nn.AvgPool2d():
                 kind = "MaxPool" if isinstance(layer, nn.MaxPool2d) else "AveragePool"  # padding is not counted
-                return self.window(kind, [x], layer, {})
+                return self.window(kind, layer, x)
             case Pool():
                 return self.node("Flatten", [self.node("GlobalAveragePool", [x])], {"axis": 1})
         raise TypeError(f"{type(layer).__name__} can't be written as ONNX here")
 
-    def window(
-        self, kind: str, inputs: list[str], layer: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d, more: Attributes
-    ) -> str:
-        """An operator that slides over the image."""
+    def convolution(self, layer: nn.Conv2d, weight: Tensor, bias: Tensor, x: str) -> str:
+        """A kernel whose first row and column are zeros, which torch needs for padding behind only, is written without
+        them: ONNX pads each side as it is told."""
+        pads = _pair(layer.padding) * 2
+        if (
+            min(layer.weight.shape[2:]) > 1
+            and min(pads) > 0
+            and not bool(weight[:, :, 0].any() or weight[:, :, :, 0].any())
+        ):
+            weight, pads = weight[:, :, 1:, 1:], (pads[0] - 1, pads[1] - 1, pads[2], pads[3])
+        kernel = (weight.shape[2], weight.shape[3])
+        attributes: Attributes = {"kernel_shape": kernel, "strides": _pair(layer.stride), "pads": pads}
+        inputs = [x, self.constant(weight), self.constant(bias)]
+        return self.node("Conv", inputs, {**attributes, "group": layer.groups})
+
+    def window(self, kind: str, layer: nn.MaxPool2d | nn.AvgPool2d, x: str) -> str:
+        """A pool that slides over the image."""
         kernel, strides, pads = (_pair(value) for value in (layer.kernel_size, layer.stride, layer.padding))
-        return self.node(kind, inputs, {"kernel_shape": kernel, "strides": strides, "pads": pads * 2, **more})
+        return self.node(kind, [x], {"kernel_shape": kernel, "strides": strides, "pads": pads * 2})
 
     def node(self, kind: str, inputs: list[str], attributes: Attributes | None = None, output: str = "") -> str:
         """One operator; returns its output's name."""
