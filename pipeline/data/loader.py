@@ -8,11 +8,12 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.index import ShardIndex
+from pipeline.data.index import DTYPES, ShardIndex
 from pipeline.data.order import Order
 from pipeline.data.store import MixedStore, ShardStore
 from pipeline.errors import UserError
@@ -49,7 +50,8 @@ class _Steps(Dataset[int]):
         self.store = stores[0] if len(stores) == 1 else MixedStore(stores)
         size, channels = indexes[0].image_size, indexes[0].channels
         self.shape = (share.stop - share.start, channels, size, size)
-        self.num_bytes = 2 * 8 * self.shape[0] + math.prod(self.shape)
+        self.dtype = torch.from_numpy(np.empty(0, DTYPES[indexes[0].encoding])).dtype
+        self.num_bytes = 2 * 8 * self.shape[0] + math.prod(self.shape) * self.dtype.itemsize
         self.order = order
         self.batch_size = batch_size
         self.share = share
@@ -73,7 +75,7 @@ class _Steps(Dataset[int]):
         """The three parts of a buffer, without copying."""
         size = 8 * self.shape[0]
         labels, positions = buffer[:size].view(torch.int64), buffer[size : 2 * size].view(torch.int64)
-        return Batch(buffer[2 * size :].view(self.shape), labels, positions)
+        return Batch(buffer[2 * size :].view(self.dtype).view(self.shape), labels, positions)
 
 
 def iterate_batches(

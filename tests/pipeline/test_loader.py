@@ -206,3 +206,16 @@ def test_a_read_that_stops_early_is_gone_on_with(index: ShardIndex, monkeypatch:
     monkeypatch.setattr(store_module.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:100]], at))
     images, _ = store_module.ShardStore(index).read(np.array([3, 0, 3, 1]))
     assert images[:, 0, 0, 0].tolist() == [3, 0, 3, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_moments_come_as_the_floats_they_are(tmp_path: Path, workers: int) -> None:
+    moments = np.random.default_rng(0).normal(size=(6, 4, 4, 2)).astype(np.float32)
+    samples = [Sample(one, number) for number, one in enumerate(moments)]
+    form = {"image_size": 4, "channels": 2, "encoding": "moments", "classes": tuple("abcdef"), "shard_images": 4}
+    index = write_shards(tmp_path / "latents", samples, **form)
+    (batch,) = iterate_batches(
+        [index], RandomOrder(6, 0), batch_size=6, steps=range(1), share=slice(0, 6), workers=workers
+    )
+    assert batch.images.dtype == torch.float32
+    assert np.array_equal(batch.images.numpy(), moments.transpose(0, 3, 1, 2)[batch.labels.numpy()])
