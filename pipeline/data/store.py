@@ -7,13 +7,14 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.index import ShardIndex
+from pipeline.data.index import Shard, ShardIndex
 from pipeline.data.writer import encode_npy
 from pipeline.errors import UserError
 
@@ -22,12 +23,35 @@ MAX_OPEN_FILES = 128
 Row = tuple[int, int, int, int, int]  # the fields of SAMPLE_DTYPE
 
 
+class ShardSource(Protocol):
+    """Where the tars of a set come from."""
+
+    def local_path(self, shard: Shard) -> Path:
+        """A tar as a file on this machine, fetched first where it is not. It may be removed once it is open."""
+        ...
+
+
+class LocalSource:
+    """Tars that lie in a folder of this machine."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder).absolute()
+
+    def local_path(self, shard: Shard) -> Path:
+        """The tar's place in the folder."""
+        return self._folder / shard.name
+
+
 class ShardStore:
     """Random access to the images of a shard set.
 
     Files are opened when first read and the least recently used is closed above :data:`MAX_OPEN_FILES`. Reads carry
     their own offset, so a forked process may go on with what it inherited; a pickled store carries no descriptors.
     Not for several threads at once.
+
+    Args:
+        index: the set.
+        source: where its tars are; the index's own folder if left out. Pickled with the store.
 
     Example:
         >>> import tempfile
@@ -41,9 +65,9 @@ class ShardStore:
         ((2, 1, 8, 8), [4, 0], [-1, -1])
     """
 
-    def __init__(self, index: ShardIndex) -> None:
+    def __init__(self, index: ShardIndex, source: ShardSource | None = None) -> None:
         self.index = index
-        self._folder = index.folder.absolute()
+        self._source = source or LocalSource(index.folder)
         self._shape = (index.image_size, index.image_size, index.channels)
         self._head = encode_npy(np.zeros(self._shape, np.uint8))[: -int(np.prod(self._shape))]
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -130,8 +154,8 @@ class ShardStore:
         self._files[shard] = descriptor
         return descriptor
 
-    def _path(self, shard: int) -> str:
-        return str(self._folder / self.index.shards[shard].name)
+    def _path(self, shard: int) -> Path:
+        return self._source.local_path(self.index.shards[shard])
 
     def _damaged(self, number: int, shard: int) -> UserError:
         return UserError(
