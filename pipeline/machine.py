@@ -23,6 +23,9 @@ VARIABLES = {
     "PIPELINE_COMPILE": "1 or 0: torch.compile (default: only on CUDA)",
     "PIPELINE_TRACKING": "1 or 0: write runs to MLflow (default 1)",
     "PIPELINE_STATE": "folder for resume state and what the tracker could not send yet (default .state)",
+    "PIPELINE_SHARDS": "folder or URL of the shards, or dvc:// for the DVC remote (default: the folder shards)",
+    "PIPELINE_CACHE": "folder of this node for shards from elsewhere (default ~/.cache/ddpm-pipeline)",
+    "PIPELINE_CACHE_GB": "10^9 bytes it may take; used longest ago goes first (default 100)",
 }
 
 
@@ -39,6 +42,9 @@ class Machine:
     compile: bool | None
     tracking: bool
     state: Path
+    shards: str
+    cache: Path
+    cache_bytes: int
 
 
 def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
@@ -76,4 +82,12 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
         compile=None if compile_text == "auto" else compile_text == "1",
         tracking=choice("PIPELINE_TRACKING", "1", ("0", "1")) == "1",
         state=Path(given.get("PIPELINE_STATE", "") or ".state"),
+        shards=given.get("PIPELINE_SHARDS", ""),
+        cache=Path(given.get("PIPELINE_CACHE", "") or _user_cache(environment)),
+        cache_bytes=(count("PIPELINE_CACHE_GB", 1) or 100) * 10**9,
     )
+
+
+def _user_cache(environment: Mapping[str, str] | None) -> Path:
+    known = os.environ if environment is None else environment
+    return Path(known.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-pipeline"

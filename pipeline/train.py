@@ -28,10 +28,13 @@ from pipeline.build import (
     make_model_spec,
 )
 from pipeline.config import Params, SampleParams, load_params
-from pipeline.data.index import ShardIndex, load_index
+from pipeline.data.cache import ShardCache
+from pipeline.data.index import ShardIndex
 from pipeline.data.loader import iterate_batches
 from pipeline.data.order import Order
 from pipeline.data.pixels import make_grid
+from pipeline.data.sources import open_shards
+from pipeline.data.store import ShardSource
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.loop import LoopPlan, Observers, train
 from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
@@ -56,7 +59,7 @@ def main() -> None:
     params, machine = load_params(), load_machine()
     restart_under_torchrun("pipeline.train", machine)
     stop = StopRequest()
-    index = load_index(paths.SHARDS)
+    index, source = open_shards(paths.SHARDS, machine.shards, ShardCache(machine.cache, machine.cache_bytes))
     spec = make_model_spec(params, index)
     with start_topology(machine) as topology:
         dtype = build_precision(params.train.precision, topology.device)
@@ -68,7 +71,7 @@ def main() -> None:
         ):
             step = make_step(params, machine, topology, spec, dtype)
             resume(step.state, checkpoints, topology)
-            run_loop(step, params, machine, topology, index, spec, checkpoints, tracker, stop)
+            run_loop(step, params, machine, topology, index, source, spec, checkpoints, tracker, stop)
             if topology.is_main:
                 publish(step.state, spec, lineage, tracker)
             topology.barrier()
@@ -176,6 +179,7 @@ def run_loop(
     machine: Machine,
     topology: Topology,
     index: ShardIndex,
+    source: ShardSource,
     spec: dict[str, Any],
     checkpoints: CheckpointFolder,
     tracker: Tracker,
@@ -189,6 +193,7 @@ def run_loop(
         index, Order(index.num_images, config.seed),
         batch_size=config.batch_size, steps=steps, share=topology.slice_of(config.batch_size),
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
+        source=source,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
     sampler = build_sampler(quick, spec, state.ema.network, step.schedule)

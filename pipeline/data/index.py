@@ -23,7 +23,7 @@ FORMAT = "ddpm-shards"
 VERSION = 1
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
-ENCODINGS = ("raw", "png")
+ENCODINGS = ("raw", "png", "original")
 
 # offset and size are of the payload (KEY.npy or KEY.png) in its tar; label -1 is none; crc32 is of the payload.
 SAMPLE_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("label", "<i4"), ("crc32", "<u4")])
@@ -31,12 +31,13 @@ SAMPLE_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), (
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a set."""
+    """One tar of a set. It lies beside the index as `name`, or, if it is not ours, at `url`: a URL or a path."""
 
     name: str
     num_images: int
     num_bytes: int
     sha256: str
+    url: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,16 +139,21 @@ def save_index(
         "num_images": len(samples),
         "classes": list(classes),
         "samples_sha256": hashlib.sha256(memory.getbuffer()).hexdigest(),
-        "shards": [asdict(shard) for shard in shards],
+        "shards": [{key: value for key, value in asdict(shard).items() if key != "url" or value} for shard in shards],
     }
     save_json(folder / INDEX_NAME, content)
 
 
-def load_index(folder: str | Path) -> ShardIndex:
+def load_index(folder: str | Path, *, tars_elsewhere: bool = False) -> ShardIndex:
     """Open a shard set and check that it is whole.
 
-    Checked: the format version, the sha256 of samples.npy, the presence and size of every tar. The tars' content is
-    not read: DVC hashes it, and :class:`pipeline.data.store.ShardStore` checks each record it reads.
+    Checked: the format version, the sha256 of samples.npy, the presence and size of every tar that should lie here.
+    The tars' content is not read: DVC hashes it, and :class:`pipeline.data.store.ShardStore` checks each record it
+    reads.
+
+    Args:
+        folder: where index.json and samples.npy are.
+        tars_elsewhere: no tar lies here (:func:`pipeline.data.sources.open_shards` knows where they are).
 
     Raises:
         UserError: any of these does not hold; the message names the file and the remedy.
@@ -175,7 +181,7 @@ def load_index(folder: str | Path) -> ShardIndex:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); {_REBUILD}") from None
     for shard in shards:
-        _check_shard(folder, shard)
+        _check_shard(folder, shard, tars_elsewhere)
     samples_path = folder / SAMPLES_NAME
     if not samples_path.is_file():
         raise UserError(f"{samples_path}: missing; {_REBUILD}")
@@ -187,10 +193,12 @@ def load_index(folder: str | Path) -> ShardIndex:
     return index
 
 
-def _check_shard(folder: Path, shard: Shard) -> None:
+def _check_shard(folder: Path, shard: Shard, elsewhere: bool) -> None:
     path = folder / shard.name
     if Path(shard.name).name != shard.name:
         raise UserError(f"{folder / INDEX_NAME}: shard {shard.name!r} lies outside the folder; {_REBUILD}")
+    if elsewhere or shard.url:
+        return
     if not path.is_file():
         raise UserError(f"{path}: missing; {_REBUILD}")
     found = path.stat().st_size

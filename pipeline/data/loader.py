@@ -12,8 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.index import ShardIndex
 from pipeline.data.order import Order
-from pipeline.data.store import ShardStore
+from pipeline.data.sources import CachedSource
+from pipeline.data.store import ShardSource, ShardStore
 from pipeline.errors import UserError
+
+AHEAD_STEPS = 64  # whose shards are fetched beforehand, where they lie elsewhere
+RENEWAL_STEPS = 16  # how often that list is made anew
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,10 @@ class Batch:
 class _Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Step number -> this rank's batch. A map-style data set, so that any number of workers gives the same order."""
 
-    def __init__(self, index: ShardIndex, order: Order, batch_size: int, share: slice) -> None:
-        self.store = ShardStore(index)
+    def __init__(
+        self, index: ShardIndex, order: Order, batch_size: int, share: slice, source: ShardSource | None
+    ) -> None:
+        self.store = ShardStore(index, source)
         self.order = order
         self.batch_size = batch_size
         self.share = share
@@ -44,6 +50,15 @@ class _Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
         start, stop = step * self.batch_size + self.share.start, step * self.batch_size + self.share.stop
         images, labels = self.store.read(self.order.images(start, stop))
         return torch.from_numpy(images), torch.from_numpy(labels), torch.arange(start, stop)
+
+    def shards(self, steps: range) -> list[int]:
+        """Numbers of the shards that some steps need, by first use."""
+        found: dict[int, None] = {}
+        for step in steps:
+            start, stop = step * self.batch_size + self.share.start, step * self.batch_size + self.share.stop
+            numbers = self.store.index.samples["shard"][self.order.images(start, stop)]
+            found.update(dict.fromkeys(numbers.tolist()))
+        return list(found)
 
 
 def iterate_batches(
@@ -55,6 +70,7 @@ def iterate_batches(
     share: slice,
     workers: int = 0,
     pin_memory: bool = False,
+    source: ShardSource | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches, one a step: step s is the global positions [s B, (s + 1) B), of which a rank reads a slice.
 
@@ -66,11 +82,13 @@ def iterate_batches(
         share: this rank's slice of [0, B).
         workers: loader processes beside this one; speed, never order.
         pin_memory: page-locked memory for asynchronous copies to a GPU.
+        source: where the tars are; the index's folder if left out. A cache is told ahead what comes.
     """
+    data = _Steps(index, order, batch_size, share, source)
     loader = DataLoader(
-        _Steps(index, order, batch_size, share),
+        data,
         batch_size=None,
-        sampler=steps,
+        sampler=steps if not isinstance(source, CachedSource) else _announced(steps, data, source),
         num_workers=workers,
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers else None,  # a fork would copy locks held by other threads
@@ -83,6 +101,14 @@ def iterate_batches(
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         ) from None
+
+
+def _announced(steps: range, data: _Steps, source: CachedSource) -> Iterator[int]:
+    """The steps as they are dealt to the workers; beside them, what the next ones need is fetched."""
+    for place, step in enumerate(steps):
+        if place % RENEWAL_STEPS == 0:
+            source.prefetch(data.shards(steps[place : place + AHEAD_STEPS]))
+        yield step
 
 
 def _outlive_signals(worker: int) -> None:
