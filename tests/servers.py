@@ -28,6 +28,8 @@ class FolderServer:
         self.headers: defaultdict[str, list[str]] = defaultdict(list)
         self.pause_seconds = 0.0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(folder))
+        self._server.daemon_threads = True
+        self._server.block_on_close = False
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
 
@@ -47,10 +49,10 @@ class FolderServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-            def do_HEAD(self) -> None:  # noqa: N802
+            def do_HEAD(self) -> None:
                 self._answer(body=False)
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 self._answer(body=True)
 
             def _answer(self, *, body: bool) -> None:
@@ -91,8 +93,8 @@ class FolderServer:
                 if what == "flip":
                     data = bytes([data[0] ^ 1]) + data[1:]
                 if body:
-                    self.wfile.write(data)
                     server.sent[name] += len(data)
+                    self.wfile.write(data)
 
         return Handler
 

@@ -1,9 +1,9 @@
 """Tars of far away, kept on this node: each fetched once for all its processes, checked, whole, and within a limit.
 
-A folder that all processes of a node share: `SHA256.tar` for each shard, so that equal names of two sets can't meet,
-and `SHA256.lock` beside it. Whoever fetches holds the lock alone, whoever is about to open shares it; the kernel lets
-go when a process ends. Room is made by removing the shards used longest ago. A shard that is open may be removed: an
-open file goes on working until it is closed, on Linux also when its name is gone.
+A folder that all processes of a node share, `SHA256.tar` for each shard, so that equal names of two sets can't meet.
+Who fetches a shard holds `SHA256.lock` alone; who is about to open one shares a lock on the tar itself, and only what
+nobody holds is removed to make room, what was used longest ago first. The kernel lets go of locks when a process ends.
+A shard that is open may be removed: an open file goes on working until it is closed, also when its name is gone.
 """
 
 from __future__ import annotations
@@ -54,17 +54,31 @@ class ShardCache:
         Raises:
             UserError: it was not to be had, differs from the index, or does not fit; the message names shard and URL.
         """
-        while True:
-            with self._locked(shard, fcntl.LOCK_SH):
-                if self.has(shard):
-                    os.utime(self._path(shard))
-                    yield self._path(shard)
-                    return
+        while (descriptor := self._hold(shard)) is None:
             self.fetch(shard, file)
+        try:
+            os.utime(descriptor)
+            yield self._path(shard)
+        finally:
+            os.close(descriptor)
+
+    def _hold(self, shard: Shard) -> int | None:
+        try:
+            descriptor = os.open(self._path(shard), os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        here = False
+        try:
+            self._flock(descriptor, fcntl.LOCK_SH)
+            here = self.has(shard) and _is_at(descriptor, self._path(shard))
+        finally:
+            if not here:
+                os.close(descriptor)
+        return descriptor if here else None
 
     def fetch(self, shard: Shard, file: RemoteFile) -> None:
-        """See to it that a shard is here."""
-        with self._locked(shard, fcntl.LOCK_EX):
+        """See to it that a shard is here; wait where another process is fetching it."""
+        with self._fetching(shard):
             if not self.has(shard):
                 self._make_room(shard)
                 try:
@@ -77,7 +91,7 @@ class ShardCache:
 
     def adopt(self, path: Path, shard: Shard) -> None:
         """Take in a file on the same disk that is this shard; it is moved."""
-        with self._locked(shard, fcntl.LOCK_EX):
+        with self._fetching(shard):
             self._make_room(shard)
             path.replace(self._path(shard))
 
@@ -117,7 +131,7 @@ class ShardCache:
                 f"shard {shard.name} has {shard.num_bytes:,} bytes, more than the cache may hold: raise "
                 "PIPELINE_CACHE_GB, or write smaller shards"
             )
-        with self.lock(self.folder / "room.lock", fcntl.LOCK_EX):
+        with self.lock(self.folder / "room.lock"):
             files = []
             for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.part")]:
                 with suppress(FileNotFoundError):  # removed or renamed since it was listed
@@ -132,11 +146,9 @@ class ShardCache:
 
     def _remove(self, path: Path) -> bool:
         """Remove a shard, or what a killed process left of one, unless somebody is opening or fetching it."""
-        lock = path.with_suffix(".lock")
         try:
-            with self.lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with self.lock(path if path.suffix == ".tar" else path.with_suffix(".lock"), wait=False):
                 path.unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)
                 return True
         except BlockingIOError:
             return False
@@ -145,30 +157,41 @@ class ShardCache:
         return self.folder / f"{shard.sha256}.tar"
 
     @contextmanager
-    def _locked(self, shard: Shard, kind: int) -> Iterator[None]:
+    def _fetching(self, shard: Shard) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self.lock(self._path(shard).with_suffix(".lock"), kind):
-            yield
+        lock = self._path(shard).with_suffix(".lock")
+        with self.lock(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
 
     @contextmanager
-    def lock(self, path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-        """Hold a lock file of this folder."""
+    def lock(self, path: Path, *, wait: bool = True) -> Iterator[None]:
+        """Hold a file of this folder alone, making it where it is missing.
+
+        Raises:
+            BlockingIOError: another holds it, and `wait` is False.
+        """
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                try:
-                    fcntl.flock(descriptor, kind)
-                except OSError as error:
-                    if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                        raise UserError(
-                            f"{self.folder} can't be locked ({error.strerror}): set PIPELINE_CACHE to a local disk"
-                        ) from None
-                    raise
+                self._flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(descriptor, path):  # else it was removed while we waited: lock its successor
                     yield
                     return
             finally:
                 os.close(descriptor)
+
+    def _flock(self, descriptor: int, kind: int) -> None:
+        try:
+            fcntl.flock(descriptor, kind)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise UserError(
+                    f"{self.folder} can't be locked ({error.strerror}): set PIPELINE_CACHE to a local disk"
+                ) from None
+            raise
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

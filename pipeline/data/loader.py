@@ -98,9 +98,8 @@ def iterate_batches(
         for images, labels, positions in loader:
             yield Batch(images, labels, positions)
     except UserError as error:  # from a worker it comes wrapped in that worker's traceback
-        raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        ) from None
+        kind = f"{type(error).__module__}.{type(error).__name__}: "
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix(kind)) from None
 
 
 def _announced(steps: range, data: _Steps, source: CachedSource) -> Iterator[int]:

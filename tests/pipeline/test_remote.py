@@ -1,4 +1,4 @@
-"""Shards from a server that fails in every way it can: fetched once, checked, tried again, and named when it is over."""
+"""Shards from a server that fails in every way it can: fetched once, checked, tried again, named when it is over."""
 
 import logging
 import os
@@ -76,7 +76,9 @@ def leftovers(cache: ShardCache) -> list[str]:
     return sorted(path.name for path in cache.folder.iterdir() if path.suffix not in {".tar", ".lock"})
 
 
-def test_every_image_comes_over_http_as_from_the_disk(local: ShardIndex, server: FolderServer, cache: ShardCache, tmp_path: Path) -> None:  # fmt: skip
+def test_every_image_comes_over_http_as_from_the_disk(
+    local: ShardIndex, server: FolderServer, cache: ShardCache, tmp_path: Path
+) -> None:
     index, source = open_shards(tmp_path / "none", server.url, cache)
     assert index == local
     ids = np.random.default_rng(1).permutation(local.num_images)
@@ -226,7 +228,7 @@ def test_what_was_used_longest_ago_goes_first_but_never_what_is_about_to_be_open
     assert here() == [3, 4]
     used = sum(path.stat().st_size for path in cache.folder.glob("*.tar"))
     assert used <= room
-    assert len(list(cache.folder.glob("*.lock"))) <= 3  # theirs, and that of the room: none is left behind
+    assert [path.name for path in cache.folder.glob("*.lock")] == ["room.lock"]
 
 
 def test_a_shard_that_is_open_can_still_be_read_when_it_is_gone(
@@ -277,7 +279,7 @@ def test_training_batches_are_the_same_from_afar(
     workers: int, local: ShardIndex, server: FolderServer, cache: ShardCache, tmp_path: Path
 ) -> None:
     index, source = open_shards(tmp_path / "none", server.url, cache)
-    plan = dict(batch_size=5, steps=range(2, 9), share=slice(1, 4))
+    plan = {"batch_size": 5, "steps": range(2, 9), "share": slice(1, 4)}
     near = list(iterate_batches(local, Order(24, seed=3), **plan))
     far = list(iterate_batches(index, Order(24, seed=3), **plan, workers=workers, source=source))
     assert all(
@@ -326,7 +328,7 @@ def test_a_password_in_a_url_is_never_shown(
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     caplog.set_level(logging.INFO)
-    place = server.url.replace("://", "://someone:pass%2Fword@") + "?sig=tok3n"
+    place = server.url.replace("://", "://someone:hunter2%2F@") + "?sig=tok3n"
     for name, trouble in (("index.json", "403"), ("00000.tar", "500"), ("00001.tar", "404"), ("00002.tar", "cut")):
         server.trouble = {name: [trouble]}
         with pytest.raises(UserError) as caught:
@@ -339,7 +341,7 @@ def test_a_password_in_a_url_is_never_shown(
     said = caplog.text + str(caught.value) + "".join(capfd.readouterr())
     said += "".join(record.getMessage() for record in caplog.records)
     assert "00001.tar" in said
-    assert not [secret for secret in ("someone", "pass", "word", "tok3n", "sig=") if secret in said]
+    assert not [secret for secret in ("someone", "hunter2", "tok3n", "sig=") if secret in said]
     assert "Basic " in server.headers["index.json"][0]  # it did reach the server
     assert not [path for path in cache.folder.rglob("*") if path.is_file() and b"tok3n" in path.read_bytes()]
 
@@ -378,7 +380,7 @@ def test_a_pickled_source_carries_no_lock_and_no_thread(
 
 def test_no_dvc_repository_and_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RemoteError, match="^dvc://shards: "):
+    with pytest.raises(RemoteError, match=r"^dvc://shards: "):
         DvcFolder("shards")
 
 
