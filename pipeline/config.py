@@ -5,6 +5,7 @@ Read with ruamel in its safe YAML 1.2 mode, as DVC does: PyYAML takes `1e-4` for
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,8 @@ class DataParams(Section):
     def _images_are_safe(self) -> DataParams:
         if paths.RAW.absolute() in Path(self.raw).absolute().parents:
             raise ValueError(f"raw lies inside {paths.RAW}, which DVC deletes before each fetch: move your images")
+        if re.search(r"\w://([^/\s]*@|[^\s]*\?)", self.raw):
+            raise ValueError("raw is a URL with a password or token: give that in the environment, this file is public")
         return self
 
 
@@ -50,6 +53,7 @@ class ShardParams(Section):
     image_size: Annotated[int, Field(ge=4, le=4096)] | Literal["auto"]
     channels: Literal[1, 3, "auto"]
     encoding: Literal["raw", "png", "auto"]
+    class_key: str | None
     shard_images: Positive
     max_broken_share: Share
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -42,7 +42,7 @@ class Machine:
     compile: bool | None
     tracking: bool
     state: Path
-    shards: str
+    shards: str = field(repr=False)  # a URL may hold a password
     cache: Path
     cache_bytes: int
 

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,11 +22,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline import paths
-from pipeline.config import ShardParams, load_params
+from pipeline.config import Params, ShardParams, load_params
 from pipeline.data.audit import Found, Listing, Refused, list_images, open_image, survey, to_pixels
+from pipeline.data.cache import ShardCache
+from pipeline.data.foreign import Indexed, index_foreign
 from pipeline.data.index import ShardIndex
+from pipeline.data.tars import list_tars, looks_foreign
 from pipeline.data.writer import Sample, write_shards
 from pipeline.errors import UserError
+from pipeline.machine import load_machine
 from pipeline.runtime.files import save_json, save_text
 from pipeline.runtime.process import run_stage
 
@@ -146,8 +151,40 @@ def resolve(params: ShardParams, raw: Path, listing: Listing) -> tuple[int, int,
     return size, channels, encoding
 
 
+def index_tars(params: Params) -> None:
+    """The stage for tars made by others: `shards` gets an index that points to them, with encoding `original`."""
+    if params.shard.encoding != "auto":
+        raise UserError("params.yaml: shard.encoding must be auto: data.raw names tars, which are used as they are")
+    machine = load_machine()
+    tally = Tally({}, [])
+
+    def check(parts: list[Indexed]) -> None:
+        tally.refused = [row for part in parts for row in part.refused]
+        tally.num_images = sum(len(part.rows) for part in parts)
+        accepted = [sample for part in parts for sample in part.accepted]
+        tally.num_enlarged = sum(sample.is_enlarged for sample in accepted)
+        tally.num_duplicates = len(accepted) - len({sample.digest for sample in accepted})
+        tally.sums = [sum(channel) for channel in zip(*(sample.sums for sample in accepted), strict=True)]
+        tally.squares = [sum(channel) for channel in zip(*(sample.squares for sample in accepted), strict=True)]
+        check_refused(tally, params.shard.max_broken_share)
+
+    index, _ = index_foreign(
+        list_tars(params.data.raw), paths.SHARDS, image_size=params.shard.image_size, channels=params.shard.channels,
+        class_key=params.shard.class_key, cache=ShardCache(machine.cache, machine.cache_bytes),
+        processes=len(os.sched_getaffinity(0)), check=check,
+    )  # fmt: skip
+    if index.num_classes:
+        counts = np.bincount(index.samples["label"], minlength=index.num_classes)
+        tally.class_counts = dict(zip(index.classes, counts.tolist(), strict=True))
+    save_json(paths.SHARD_REPORT, make_report(index, Listing([], index.classes, [], 0, 0), tally))
+    print(f"{index.num_images:,} images in {len(index.shards)} tars of others, read as {index.image_size} px, "
+          f"{index.channels} channels, {index.num_classes} classes; {len(tally.refused):,} refused")  # fmt: skip
+
+
 def main() -> None:
     params = load_params(paths.PARAMS)
+    if looks_foreign(params.data.raw):
+        return index_tars(params)
     raw = Path(params.data.raw)
     listing = list_images(raw)
     image_size, channels, encoding = resolve(params.shard, raw, listing)

@@ -7,6 +7,7 @@ name or kind, or skipped because it is no image and does not claim to be one.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import warnings
@@ -136,8 +137,8 @@ def _wrong_kind(path: Path, root: Path) -> str | None:
         return "link to nothing"
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as mode `L` or `RGB`, upright.
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Read an image file, or the bytes of one, as mode `L` or `RGB`, upright.
 
     EXIF orientation is applied. Transparency of any kind is composited on white. Grey stays grey. 16-bit grey is
     divided by 257 and rounded (Pillow itself keeps the upper byte of 16-bit colour). CMYK and palettes become RGB,
@@ -148,7 +149,7 @@ def open_image(path: str | Path) -> Image.Image:
             an agreed range (floating point, integers beyond 16 bits, 12-bit TIFF).
         UserError: the disk or the machine failed.
     """
-    with _opened(Path(path)) as image:
+    with _opened(source) as image:
         image.load()
         _refuse_odd_tiff(image)
         ImageOps.exif_transpose(image, in_place=True)
@@ -156,15 +157,18 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
     """An image whose header alone has been read; what goes wrong inside becomes Refused."""
     try:
-        if path.stat().st_size == 0:
+        if (len(source) if isinstance(source, bytes) else os.stat(source).st_size) == 0:
             raise Refused("empty file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on metadata; damage to pixels is raised
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            with (
+                io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
+                Image.open(file, formats=FORMATS) as image,
+            ):
                 yield image
     except (Refused, MemoryError):
         raise
@@ -174,7 +178,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise Refused(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # a decoder may raise anything on a damaged file; the reason is kept and counted
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
-            raise UserError(f"{path}: {error.strerror}; check the disk and run again") from None
+            raise UserError(
+                f"{'image' if isinstance(source, bytes) else source}: {error.strerror}; check the disk and run again"
+            ) from None
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise Refused(f"cannot be decoded: {reason or type(error).__name__}") from None
 
@@ -265,10 +271,10 @@ def survey(raw: str | Path, images: Iterable[Found]) -> tuple[int, Literal[1, 3]
                 channels = 3
         except Refused:
             continue
-    return next((size for size in AUTO_SIZES if size <= _lower_median(sides)), AUTO_SIZES[-1]), channels
+    return next((size for size in AUTO_SIZES if size <= lower_median(sides)), AUTO_SIZES[-1]), channels
 
 
-def _lower_median(counts: Counter[int]) -> int:
+def lower_median(counts: Counter[int]) -> int:
     """The lower median of a histogram; 0 if it is empty."""
     seen, half = 0, (counts.total() + 1) // 2
     for value in sorted(counts):

@@ -126,6 +126,20 @@ def size_of(file: RemoteFile, patience: Patience = Patience()) -> int:
     return int(size)
 
 
+def list_remote(url: str, pattern: str, patience: Patience = Patience()) -> list[str]:
+    """URLs of the files in a folder elsewhere whose names match, sorted.
+
+    Raises:
+        RemoteError: the folder can't be listed.
+    """
+    folder = open_remote(url)
+
+    def ask() -> list[str]:
+        return sorted(map(str, folder.files.glob(f"{folder.path.rstrip('/')}/{pattern}")))
+
+    return [str(folder.files.unstrip_protocol(path)) for path in _try_again(ask, folder.shown, patience)]
+
+
 def read_pieces(
     file: RemoteFile,
     num_bytes: int,

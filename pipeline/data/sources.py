@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 PREFETCH_THREADS = 2
 
 
-def open_shards(folder: str | Path, location: str, cache: ShardCache) -> tuple[ShardIndex, ShardSource]:
+def open_shards(
+    folder: str | Path, location: str, cache: ShardCache, *, whole: bool = True
+) -> tuple[ShardIndex, ShardSource]:
     """Open a set where the machine says that it is. Where it lies is speed, what it holds is the result: two places
     are the same set if and only if their `index.json` are.
 
@@ -40,12 +42,13 @@ def open_shards(folder: str | Path, location: str, cache: ShardCache) -> tuple[S
         location: `PIPELINE_SHARDS`: empty for `folder`, another folder, a URL, or `dvc://[REMOTE]` for the output
             `folder` of `dvc.lock` as it lies in the DVC remote.
         cache: of this node, for tars that lie behind a URL.
+        whole: fail at once where a tar of a local set is missing or has another size.
 
     Raises:
         UserError: there is no such set, or `folder` holds the index of another.
     """
     if not is_url(location):
-        index = load_index(location or folder)
+        index = load_index(location or folder, tars_elsewhere=not whole)
         foreign = any(shard.url for shard in index.shards)
         source: ShardSource = CachedSource(index.shards, None, cache) if foreign else LocalSource(index.folder)
     else:
@@ -125,10 +128,11 @@ class CachedSource:
         Raises:
             UserError: it can't be had; one line with the shard and the URL it should have come from.
         """
-        if self._folder is None and not is_url(shard.url):
+        file = self.remote_file(shard)
+        if file is None:
             return Path(shard.url)
         self.release()
-        held = self._cache.held(shard, self._file(shard))
+        held = self._cache.held(shard, file)
         path = held.__enter__()
         self._held = held
         return path
@@ -152,7 +156,7 @@ class CachedSource:
             room -= shard.num_bytes
             if room < 0:
                 break
-            if (self._folder is not None or is_url(shard.url)) and not self._cache.has(shard):
+            if self._is_far(shard) and not self._cache.has(shard):
                 wanted.append(shard)
         with self._lock:
             self._wanted = [shard for shard in wanted if shard.sha256 not in self._fetching]
@@ -170,12 +174,20 @@ class CachedSource:
                 shard = self._wanted.pop(0)
                 self._fetching.add(shard.sha256)
             try:
-                self._cache.fetch(shard, self._file(shard))
+                file = self.remote_file(shard)
+                assert file is not None
+                self._cache.fetch(shard, file)
             except Exception as error:  # whatever it is, the reader meets it where it can be reported
                 log.info("prefetch: %s", error if isinstance(error, UserError) else type(error).__name__)
             finally:
                 with self._lock:
                     self._fetching.discard(shard.sha256)
 
-    def _file(self, shard: Shard) -> RemoteFile:
+    def remote_file(self, shard: Shard) -> RemoteFile | None:
+        """A tar where it lies; None if that is a path on this machine."""
+        if not self._is_far(shard):
+            return None
         return open_remote(shard.url) if self._folder is None else self._folder.file(shard.name)
+
+    def _is_far(self, shard: Shard) -> bool:
+        return self._folder is not None or is_url(shard.url)

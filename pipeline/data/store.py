@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.data.audit import to_pixels
 from pipeline.data.index import Shard, ShardIndex
+from pipeline.data.npy import open_original
 from pipeline.data.writer import encode_npy
 from pipeline.errors import UserError
 
@@ -123,6 +125,9 @@ class ShardStore:
             payload = bytearray(size)
             if self._fill(shard, memoryview(payload), offset) != size or zlib.crc32(payload) != crc32:
                 raise self._damaged(number, shard)
+            if self.index.encoding == "original":
+                images[place] = decode_original(bytes(payload), self._shape)
+                continue
             with Image.open(io.BytesIO(payload), formats=("PNG",)) as image:
                 images[place] = np.asarray(image).reshape(self._shape)
         return images
@@ -162,6 +167,11 @@ class ShardStore:
             f"{self._path(shard)}: sample {number:08d} is damaged (its crc32 differs from the index); delete the "
             "folder and fetch it again (`dvc checkout`) or rebuild it (`dvc repro --force shard`), and check the disk"
         )
+
+
+def decode_original(payload: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Any image file, brought to `(h, w, c)` by the audit's rules."""
+    return to_pixels(open_original(payload), shape[0], shape[2])
 
 
 def _by_shard(ids: NDArray[np.integer[Any]], rows: NDArray[np.void]) -> Iterator[tuple[int, int, Row]]:
