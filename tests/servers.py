@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -105,6 +107,7 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
     import fsspec
     from moto.server import ThreadedMotoServer
 
+    empty = tempfile.NamedTemporaryFile()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -114,13 +117,16 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_SECRET_ACCESS_KEY": "not-a-real-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": "/dev/null",
-        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        "AWS_CONFIG_FILE": empty.name,
+        "AWS_SHARED_CREDENTIALS_FILE": empty.name,
     }.items():
         patch.setenv(name, value)
     try:
+        reset = Request(f"http://{host}:{port}/moto-api/reset", method="POST")  # what moto holds belongs to the process
+        urlopen(reset, timeout=30).close()
         fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
         yield f"http://{host}:{port}"
     finally:
         fsspec.filesystem("s3").clear_instance_cache()
         server.stop()
+        empty.close()

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
+for library in ("botocore", "aiobotocore"):  # they tell at INFO where they found which credentials
+    logging.getLogger(library).setLevel(logging.WARNING)
 T = TypeVar("T")
 
 PIECE_BYTES = 16 << 20
