@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
@@ -102,12 +101,13 @@ class FolderServer:
 
 
 @contextmanager
-def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
-    """moto's S3 on loopback with one bucket, `bucket`; yields its address, and the environment points to it."""
+def s3_server(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[str]:
+    """moto's S3 on loopback with one bucket, `bucket`; yields its address. The environment points to it, and the files
+    of this machine's user with credentials are hidden behind an empty one in `folder`."""
     import fsspec
     from moto.server import ThreadedMotoServer
 
-    empty = tempfile.NamedTemporaryFile()
+    (folder / "no-credentials").touch()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -117,8 +117,8 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_SECRET_ACCESS_KEY": "not-a-real-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": empty.name,
-        "AWS_SHARED_CREDENTIALS_FILE": empty.name,
+        "AWS_CONFIG_FILE": str(folder / "no-credentials"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-credentials"),
     }.items():
         patch.setenv(name, value)
     try:
@@ -129,4 +129,3 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
     finally:
         fsspec.filesystem("s3").clear_instance_cache()
         server.stop()
-        empty.close()

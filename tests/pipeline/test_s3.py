@@ -26,8 +26,8 @@ QUICK = Patience(tries=2, pause_seconds=0.01)
 
 
 @pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with s3_server(monkeypatch) as address:
+def address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    with s3_server(monkeypatch, tmp_path) as address:
         yield address
 
 
