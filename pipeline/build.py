@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,21 +15,31 @@ import ddpm_core
 from ddpm_core import ClassifierFreeGuidance, NoiseSchedule, UNet
 from pipeline.config import ModelParams, Params, SampleParams, ScheduleParams, TrainParams
 from pipeline.data.index import ShardIndex
+from pipeline.data.mixing import BalancedOrder, MixedOrder, MixedWindowedOrder
+from pipeline.data.order import Order, RandomOrder, WindowedOrder
 from pipeline.engine.generate import ImageSampler
 from pipeline.errors import UserError
+from pipeline.runtime.rng import Stream, draw_integer
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
 _MULTIPLIERS = {8: [1, 2], 16: [1, 2, 2], 32: [1, 2, 2, 2], 64: [1, 2, 3, 4]}
 
 
-def make_model_spec(params: Params, index: ShardIndex) -> dict[str, Any]:
-    """What model.json says of a model: enough to build it again, `auto` values resolved."""
+def make_model_spec(params: Params, index: ShardIndex, *mixed: ShardIndex) -> dict[str, Any]:
+    """What model.json says of a model: enough to build it again, `auto` values resolved.
+
+    Args:
+        params: of the run.
+        index: the shards it is trained on.
+        mixed: more sets with the same form and classes.
+    """
+    labels = np.unique(np.concatenate([np.unique(one.labels) for one in (index, *mixed)]))
     return {
         "network": {"name": "unet", **_network_arguments(params.model, index)},
         "schedule": params.schedule.model_dump(),
         "parameterization": params.model.parameterization,
         "classes": list(index.classes),
-        "labels": [int(label) for label in np.unique(index.samples["label"]) if label >= 0],  # of classes with images
+        "labels": [int(label) for label in labels if label >= 0],  # of classes with images
     }
 
 
@@ -83,6 +93,33 @@ def build_schedule(spec: dict[str, Any]) -> NoiseSchedule:
         return ddpm_core.register_schedule(**schedule.model_dump())
     except ValueError as error:
         raise UserError(f"params.yaml: schedule: {error}") from None
+
+
+def build_order(params: Params, indexes: Sequence[ShardIndex]) -> Order:
+    """The order in which training sees the images of the sets, which are those of order.mix where there is one.
+
+    Raises:
+        UserError: the sets can't be drawn from so.
+    """
+    config, seed = params.order, params.train.seed
+    weights = [entry.weight for entry in config.mix] if config.mix else [1.0]
+    if config.kind == "windowed":
+        sizes = [index.shard_sizes for index in indexes]
+        form = {"batch_size": params.train.batch_size, "num_lanes": config.lanes, "window_images": config.window_images}
+        if len(indexes) == 1:
+            return WindowedOrder(sizes[0], seed, **form)
+        return MixedWindowedOrder(sizes, weights, seed, **form)
+
+    def order_of(index: ShardIndex, own_seed: int) -> Order:
+        return (
+            BalancedOrder(index.labels, own_seed) if config.class_balanced else RandomOrder(index.num_images, own_seed)
+        )
+
+    if len(indexes) == 1:
+        return order_of(indexes[0], seed)
+    seeds = [draw_integer(seed, Stream.MIX, number) for number in range(len(indexes))]
+    orders = [order_of(index, own_seed) for index, own_seed in zip(indexes, seeds, strict=True)]
+    return MixedOrder(orders, [index.num_images for index in indexes], weights, seed)
 
 
 def build_optimizer(params: TrainParams, network: nn.Module) -> torch.optim.Optimizer:

@@ -120,6 +120,30 @@ class TrainParams(Section):
         return self
 
 
+class MixedSet(Section):
+    """One of several shard sets to draw from."""
+
+    shards: str
+    weight: Annotated[float, Field(gt=0.0)]
+
+
+class OrderParams(Section):
+    kind: Literal["random", "windowed"]
+    lanes: Positive
+    window_images: Positive
+    class_balanced: bool
+    mix: Annotated[list[MixedSet], Field(min_length=1)] | None
+
+    @model_validator(mode="after")
+    def _balance_is_random(self) -> OrderParams:
+        if self.class_balanced and self.kind == "windowed":
+            raise ValueError(
+                "class_balanced is true, but kind is windowed: classes lie in different shards, so that no rank could "
+                "stay with few; use kind: random, or one shard set a class and order.mix"
+            )
+        return self
+
+
 class SampleParams(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     num_samples: Annotated[int, Field(ge=2)]
@@ -145,6 +169,7 @@ class Params(Section):
     schedule: ScheduleParams
     model: ModelParams
     train: TrainParams
+    order: OrderParams
     sample: SampleParams
     evaluate: EvaluateParams
 

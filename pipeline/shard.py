@@ -174,7 +174,7 @@ def index_tars(params: Params) -> None:
         processes=len(os.sched_getaffinity(0)), check=check,
     )  # fmt: skip
     if index.num_classes:
-        counts = np.bincount(index.samples["label"], minlength=index.num_classes)
+        counts = np.bincount(index.labels, minlength=index.num_classes)
         tally.class_counts = dict(zip(index.classes, counts.tolist(), strict=True))
     save_json(paths.SHARD_REPORT, make_report(index, Listing([], index.classes, [], 0, 0), tally))
     print(f"{index.num_images:,} images in {len(index.shards)} tars of others, read as {index.image_size} px, "

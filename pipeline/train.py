@@ -7,7 +7,7 @@ import getpass
 import io
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from pipeline.build import (
     build_learning_rate,
     build_network,
     build_optimizer,
+    build_order,
     build_precision,
     build_sampler,
     build_schedule,
@@ -31,9 +32,8 @@ from pipeline.config import Params, SampleParams, load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.index import ShardIndex
 from pipeline.data.loader import iterate_batches
-from pipeline.data.order import Order
 from pipeline.data.pixels import make_grid
-from pipeline.data.sources import open_shards
+from pipeline.data.sources import open_sets
 from pipeline.data.store import ShardSource
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.loop import LoopPlan, Observers, train
@@ -42,7 +42,7 @@ from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
 from pipeline.lineage import provenance, source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
-from pipeline.runtime.files import locked_folder, save_json, save_text
+from pipeline.runtime.files import locked_folder, save_json, save_text, sha256_json
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
@@ -59,44 +59,50 @@ def main() -> None:
     params, machine = load_params(), load_machine()
     restart_under_torchrun("pipeline.train", machine)
     stop = StopRequest()
-    index, source = open_shards(paths.SHARDS, machine.shards, ShardCache(machine.cache, machine.cache_bytes))
-    spec = make_model_spec(params, index)
+    folders = [entry.shards for entry in params.order.mix] if params.order.mix else [paths.SHARDS]
+    cache = ShardCache(machine.cache, machine.cache_bytes)
+    indexes, sources = open_sets(folders, machine.shards, cache)
+    spec = make_model_spec(params, *indexes)
     with start_topology(machine) as topology:
         dtype = build_precision(params.train.precision, topology.device)
-        lineage = make_lineage(params, index, dtype)
+        lineage = make_lineage(params, indexes, dtype)
         checkpoints = CheckpointFolder(machine.state / "train" / lineage["train_key"])
         with (
             locked_folder(checkpoints.root) if topology.is_main else nullcontext(),
-            open_run(params, machine, topology, index, lineage) as tracker,
+            open_run(params, machine, topology, indexes, lineage) as tracker,
         ):
             step = make_step(params, machine, topology, spec, dtype)
             resume(step.state, checkpoints, topology)
-            run_loop(step, params, machine, topology, index, source, spec, checkpoints, tracker, stop)
+            run_loop(step, params, machine, topology, indexes, sources, spec, checkpoints, tracker, stop)
             if topology.is_main:
                 publish(step.state, spec, lineage, tracker)
             topology.barrier()
 
 
-def make_lineage(params: Params, index: ShardIndex, dtype: torch.dtype) -> dict[str, Any]:
+def make_lineage(params: Params, indexes: Sequence[ShardIndex], dtype: torch.dtype) -> dict[str, Any]:
     """Where the model comes from; its `train_key` names the resume state and the MLflow run."""
-    sections = (params.schedule, params.model, params.train)
+    sections = (params.schedule, params.model, params.train, params.order)
+    hashes = [index.sha256 for index in indexes]
+    shards = hashes[0] if len(hashes) == 1 else sha256_json(hashes)
     precision = str(dtype).removeprefix("torch.")
     return {
-        "train_key": stage_key("pipeline.train", sections, {"shards": index.sha256, "precision": precision}),
+        "train_key": stage_key("pipeline.train", sections, {"shards": shards, "precision": precision}),
         "precision": precision,
-        "shard_index_sha256": index.sha256,
+        "shard_index_sha256": shards,
         "code_sha256": source_sha256("pipeline.train"),
         "train": params.train.model_dump(mode="json"),
+        "order": params.order.model_dump(mode="json"),
     }
 
 
 def open_run(
-    params: Params, machine: Machine, topology: Topology, index: ShardIndex, lineage: dict[str, Any]
+    params: Params, machine: Machine, topology: Topology, indexes: Sequence[ShardIndex], lineage: dict[str, Any]
 ) -> Tracker:
     """The model's MLflow run, with what is known before the first step; silent on other ranks."""
+    index = indexes[0]
     name = f"{index.num_classes or 'no'}-class-{index.image_size}px-{lineage['train_key'][:6]}"
     tags = {
-        "shard_index_sha256": index.sha256,
+        "shard_index_sha256": lineage["shard_index_sha256"],
         "world_size": str(topology.world_size),
         "device": torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -108,11 +114,14 @@ def open_run(
     tracker = open_tracker(
         machine.state, lineage["train_key"], run_name=name, tags=tags, enabled=topology.is_main and machine.tracking
     )
-    sections: Mapping[str, Any] = params.model_dump(mode="json", include={"schedule", "model", "train"})
+    sections: Mapping[str, Any] = params.model_dump(mode="json", include={"schedule", "model", "train", "order"})
     tracker.log_params({f"{s}.{key}": value for s, content in sections.items() for key, value in content.items()})
-    data = {"num_images": index.num_images, "num_classes": index.num_classes, "image_size": index.image_size}
+    num_images = sum(one.num_images for one in indexes)
+    data = {"num_images": num_images, "num_classes": index.num_classes, "image_size": index.image_size}
     tracker.log_params({f"data.{key}": value for key, value in {"raw": params.data.raw, **data}.items()})
-    tracker.set_dataset(Path(params.data.raw).name, index.sha256[:16], source=params.data.raw, profile=data)
+    tracker.set_dataset(
+        Path(params.data.raw).name, lineage["shard_index_sha256"][:16], source=params.data.raw, profile=data
+    )
     return tracker
 
 
@@ -178,8 +187,8 @@ def run_loop(
     params: Params,
     machine: Machine,
     topology: Topology,
-    index: ShardIndex,
-    source: ShardSource,
+    indexes: Sequence[ShardIndex],
+    sources: Sequence[ShardSource],
     spec: dict[str, Any],
     checkpoints: CheckpointFolder,
     tracker: Tracker,
@@ -190,10 +199,10 @@ def run_loop(
     steps = range(state.images_seen // config.batch_size, -(-config.total_images // config.batch_size))
     on_gpu = topology.device.type == "cuda"
     batches = iterate_batches(
-        index, Order(index.num_images, config.seed),
+        indexes, build_order(params, indexes),
         batch_size=config.batch_size, steps=steps, share=topology.slice_of(config.batch_size),
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
-        source=source,
+        sources=sources,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
     sampler = build_sampler(quick, spec, state.ema.network, step.schedule)

@@ -10,17 +10,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from pipeline import paths
+from pipeline.build import build_order
 from pipeline.config import load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.foreign import Indexed, index_foreign
 from pipeline.data.inspection import describe, draw_sheet, find_damage
-from pipeline.data.order import Order
-from pipeline.data.sources import open_shards
-from pipeline.data.store import ShardStore
+from pipeline.data.sources import open_sets, open_shards
+from pipeline.data.store import MixedStore, ShardStore
 from pipeline.data.tars import list_tars
 from pipeline.errors import UserError
 from pipeline.machine import Machine, load_machine
@@ -86,16 +87,20 @@ def show(given: argparse.Namespace, machine: Machine) -> None:
     """Draw some images in the order in which training sees them, and say what they are."""
     if not 0 < given.count <= MOST_SHOWN:
         raise UserError(f"--count is {given.count}, expected 1 to {MOST_SHOWN:,}")
-    index, source = open_shards(paths.SHARDS, given.place or machine.shards, _cache(machine))
-    if given.start >= index.num_images:
-        raise UserError(f"--start is {given.start:,}, but an epoch has {index.num_images:,} images")
-    seed = load_params().train.seed if given.seed is None else given.seed
-    start = given.epoch * index.num_images + given.start
-    ids = Order(index.num_images, seed).images(start, start + given.count)
-    images, labels = ShardStore(index, source).read(ids)
+    params = load_params()
+    if given.seed is not None:
+        params = params.model_copy(update={"train": params.train.model_copy(update={"seed": given.seed})})
+    mixed = [] if given.place else [entry.shards for entry in params.order.mix or ()]
+    indexes, sources = open_sets(mixed or [paths.SHARDS], given.place or machine.shards, _cache(machine))
+    num_images = sum(index.num_images for index in indexes)
+    if given.start >= num_images:
+        raise UserError(f"--start is {given.start:,}, but an epoch has {num_images:,} images")
+    start = given.epoch * num_images + given.start
+    ids = build_order(params, indexes).images_at(np.arange(start, start + given.count))
+    images, labels = MixedStore([ShardStore(*pair) for pair in zip(indexes, sources, strict=True)]).read(ids)
     with whole_file(given.out) as aside:
         Image.fromarray(draw_sheet(images)).save(aside, "PNG")
-    print("\n".join(describe(index, ids, images, labels)))
+    print("\n".join(describe(indexes, ids, images, labels)))
     print(f"{given.count:,} images from place {given.start:,} of epoch {given.epoch} on, row by row: {given.out}")
 
 

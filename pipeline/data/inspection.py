@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,17 @@ def draw_sheet(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def describe(
-    index: ShardIndex, ids: NDArray[np.int64], images: NDArray[np.uint8], labels: NDArray[np.int64]
+    indexes: Sequence[ShardIndex], ids: NDArray[np.int64], images: NDArray[np.uint8], labels: NDArray[np.int64]
 ) -> Iterator[str]:
     """Lines on some images: where they come from, their classes, and the mean and deviation of each channel."""
-    shards, per_shard = np.unique(index.samples["shard"][ids], return_counts=True)
-    form = f"{index.image_size} px, {index.channels} channels, {index.encoding}"
-    yield f"set      {index.sha256[:16]}: {index.num_images:,} images of {form}"
+    for one in indexes:
+        form = f"{one.image_size} px, {one.channels} channels, {one.encoding}"
+        yield f"set      {one.sha256[:16]}: {one.num_images:,} images of {form}"
+    index, names = indexes[0], [shard.name for one in indexes for shard in one.shards]
+    ends = np.cumsum([size for one in indexes for size in one.shard_sizes])
+    shards, per_shard = np.unique(np.searchsorted(ends, ids, side="right"), return_counts=True)
     yield f"ids      {_some([str(number) for number in ids.tolist()])}"
-    named = [f"{index.shards[n].name} ({count})" for n, count in zip(shards.tolist(), per_shard.tolist(), strict=True)]
+    named = [f"{names[n]} ({count})" for n, count in zip(shards.tolist(), per_shard.tolist(), strict=True)]
     yield f"shards   {len(named)}: {_some(named)}"
     if index.num_classes:
         found, counts = np.unique(labels, return_counts=True)
@@ -62,7 +65,8 @@ def find_damage(
         One line on what is wrong, the first damaged image named; empty if all is as it should be.
     """
     shard = index.shards[number]
-    rows = np.sort(index.samples[index.samples["shard"] == number], order="offset")
+    lowest = sum(index.shard_sizes[:number])
+    rows = np.sort(index.rows(np.arange(lowest, lowest + shard.num_images)), order="offset")
     waiting = iter(rows.tolist())
     digest, held, start, done, wrong = hashlib.sha256(), bytearray(), 0, 0, []
     row = next(waiting, None)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.cache import ShardCache
-from pipeline.data.index import INDEX_NAME, SAMPLES_NAME, Shard, ShardIndex, load_index
+from pipeline.data.index import INDEX_NAME, SAMPLES_NAME, Shard, ShardIndex, check_alike, load_index, verify_samples
 from pipeline.data.remote import (
     Folder,
     RemoteError,
@@ -65,6 +65,22 @@ def open_shards(
     return index, source
 
 
+def open_sets(
+    folders: Sequence[str | Path], location: str, cache: ShardCache
+) -> tuple[tuple[ShardIndex, ...], tuple[ShardSource, ...]]:
+    """Open the sets that a training draws from, one or several that are mixed; `location` is for a single one.
+
+    Raises:
+        UserError: as :func:`open_shards`; sets that can't be mixed; a location for several.
+    """
+    if location and len(folders) > 1:
+        raise UserError("PIPELINE_SHARDS names one place, but order.mix has several sets: unset it, and name an index "
+                        "whose tars lie elsewhere in order.mix (`python -m pipeline.data index`)")  # fmt: skip
+    indexes, sources = zip(*(open_shards(folder, location, cache) for folder in folders), strict=True)
+    check_alike(indexes)
+    return indexes, sources
+
+
 def fetch_index(place: Folder, cache: ShardCache) -> ShardIndex:
     """The index of a set that lies elsewhere; its samples.npy is fetched once for all processes of this node.
 
@@ -83,7 +99,7 @@ def fetch_index(place: Folder, cache: ShardCache) -> ShardIndex:
                     for piece in read_pieces(file, size_of(file, cache.patience), cache.patience):
                         out.write(piece)
                 try:
-                    load_index(aside, tars_elsewhere=True)
+                    verify_samples(load_index(aside, tars_elsewhere=True))
                 except UserError as error:
                     reason = str(error).removeprefix(str(aside)).partition(";")[0]
                     raise RemoteError(f"{place.shown}{reason}; upload the set again") from None

@@ -1,27 +1,29 @@
-"""Bytes of samples by number, read from local tars at known offsets: no tar parser, and no decoder for raw records."""
+"""Images of samples by number, read from tars at known offsets: no tar parser, and no decoder for raw records."""
 
 from __future__ import annotations
 
-import io
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from pipeline.data.audit import to_pixels
+from pipeline.data.audit import Refused
+from pipeline.data.decode import DECODERS
 from pipeline.data.index import Shard, ShardIndex
-from pipeline.data.npy import open_original
 from pipeline.data.writer import encode_npy
 from pipeline.errors import UserError
 
 MAX_OPEN_FILES = 128
+MAX_GAP_BYTES = 8192  # what is skipped between two payloads by reading it; in our tars their other members
+MAX_NEIGHBOURS = 32
 
+Ids = NDArray[np.integer[Any]]
 Row = tuple[int, int, int, int, int]  # the fields of SAMPLE_DTYPE
 
 
@@ -72,10 +74,15 @@ class ShardStore:
         self._source = source or LocalSource(index.folder)
         self._shape = (index.image_size, index.image_size, index.channels)
         self._head = encode_npy(np.zeros(self._shape, np.uint8))[: -int(np.prod(self._shape))]
+        self._gap = memoryview(bytearray(MAX_GAP_BYTES))
         self._files: OrderedDict[int, int] = OrderedDict()
+        if index.encoding != "raw" and index.encoding not in DECODERS:
+            raise UserError(
+                f"{index.folder}: encoding {index.encoding!r} is unknown; known: raw, {', '.join(DECODERS)}"
+            )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardStore, (self.index, self._source)
 
     def __del__(self) -> None:
         self.close()
@@ -86,62 +93,90 @@ class ShardStore:
         while files:
             os.close(files.popitem()[1])
 
-    def read(self, ids: NDArray[np.integer[Any]]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def read(
+        self, ids: NDArray[np.integer[Any]], out: NDArray[np.uint8] | None = None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """The images and labels of some samples, in the order asked for.
+
+        Payloads that lie close together in a tar are read by one call.
 
         Args:
             ids: sample numbers `(b,)` in `[0, num_images)`; may repeat.
+            out: where to put the images; made if left out.
 
         Returns:
             Images uint8 `(b, channels, image_size, image_size)`, contiguous, and labels int64 `(b,)`, -1 for none.
 
         Raises:
-            UserError: a record is not what its crc32 in the index says, or a tar cannot be read.
+            UserError: a record is not what its crc32 in the index says or no such image, or a tar cannot be read.
             IndexError: an id is out of range.
         """
         ids = np.asarray(ids)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.index.num_images:
             raise IndexError(f"ids in [{ids.min()}, {ids.max()}], but the set has {self.index.num_images} images")
-        rows = self.index.samples[ids]
+        rows = self.index.rows(ids)
         labels = rows["label"].astype(np.int64)
-        read = self._read_raw if self.index.encoding == "raw" else self._read_png
-        pixels = read(ids, rows)
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), labels
+        size, _, channels = self._shape
+        images = np.empty((len(ids), channels, size, size), np.uint8) if out is None else out
+        order = np.lexsort((rows["offset"], rows["shard"]))
+        read = self._read_raw if self.index.encoding == "raw" else self._read_encoded
+        read(ids[order], rows[order], order, images)
+        return images, labels
 
-    def _read_raw(self, ids: NDArray[np.integer[Any]], rows: NDArray[np.void]) -> NDArray[np.uint8]:
+    def _read_raw(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
         head = len(self._head)
         size = head + int(np.prod(self._shape))
+        for place in np.flatnonzero(rows["size"] != size)[:1]:
+            raise self._damaged(ids[place], rows[place]["shard"])
         buffer = np.empty((len(ids), size), np.uint8)
-        for place, number, (offset, row_size, shard, _, crc32) in _by_shard(ids, rows):
-            payload = buffer[place]
-            good = row_size == size and self._fill(shard, payload.data, offset) == size
-            if not good or zlib.crc32(payload.data) != crc32:
-                raise self._damaged(number, shard)
-        return buffer[:, head:].reshape(len(ids), *self._shape)
+        memory = buffer.reshape(-1).data
+        for part, group in _neighbours(rows):
+            views = [memory[place * size : (place + 1) * size] for place in range(part.start, part.stop)]
+            self._fill(ids[part], group, views)
+        images[places] = buffer[:, head:].reshape(len(ids), *self._shape).transpose(0, 3, 1, 2)
 
-    def _read_png(self, ids: NDArray[np.integer[Any]], rows: NDArray[np.void]) -> NDArray[np.uint8]:
-        images = np.empty((len(ids), *self._shape), np.uint8)
-        for place, number, (offset, size, shard, _, crc32) in _by_shard(ids, rows):
-            payload = bytearray(size)
-            if self._fill(shard, memoryview(payload), offset) != size or zlib.crc32(payload) != crc32:
-                raise self._damaged(number, shard)
-            if self.index.encoding == "original":
-                images[place] = decode_original(bytes(payload), self._shape)
-                continue
-            with Image.open(io.BytesIO(payload), formats=("PNG",)) as image:
-                images[place] = np.asarray(image).reshape(self._shape)
-        return images
+    def _read_encoded(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
+        decode = DECODERS[self.index.encoding]
+        for part, group in _neighbours(rows):
+            payloads = [bytearray(size) for _, size, *_ in group]
+            self._fill(ids[part], group, [memoryview(payload) for payload in payloads])
+            for number, place, row, payload in zip(ids[part], places[part], group, payloads, strict=True):
+                try:
+                    images[place] = decode(bytes(payload), self._shape).transpose(2, 0, 1)
+                except Refused as refusal:
+                    raise UserError(f"{self._name(row[2])}: sample {number:08d} {refusal}; leave it out or repair it, "
+                                    "and write the shards again") from None  # fmt: skip
 
-    def _fill(self, shard: int, target: memoryview, offset: int) -> int:
-        """Bytes read into `target`; fewer than it holds only at the file's end."""
+    def _fill(self, ids: Ids, rows: list[Row], views: list[memoryview]) -> None:
+        """Read neighbours in one tar, the gaps between them into a scratch buffer, and check each."""
+        shard, start = rows[0][2], rows[0][0]
+        vectors, end = [], start
+        for (offset, size, *_), view in zip(rows, views, strict=True):
+            if offset > end:
+                vectors.append(self._gap[: offset - end])
+            vectors.append(view)
+            end = offset + size
+        whole = self._read_at(shard, vectors, start, end - start)
+        for number, row, view in zip(ids, rows, views, strict=True):
+            if not whole or zlib.crc32(view) != row[4]:
+                raise self._damaged(number, shard)
+
+    def _read_at(self, shard: int, vectors: list[memoryview], offset: int, size: int) -> bool:
+        """Fill the buffers from one place on; False if the file ends before."""
         descriptor = self._open(shard)
-        done = 0
         try:
-            while done < len(target) and (more := os.preadv(descriptor, [target[done:]], offset + done)):
+            done = os.preadv(descriptor, vectors, offset)
+            while done < size:  # a call may stop early, at 2 GiB for one
+                skipped, rest = 0, []
+                for vector in vectors:
+                    rest.append(vector[max(0, min(len(vector), done - skipped)) :])
+                    skipped += len(vector)
+                if not (more := os.preadv(descriptor, [v for v in rest if len(v)], offset + done)):
+                    return False
                 done += more
         except OSError as error:
-            raise UserError(f"{self._path(shard)}: {error.strerror}; check the disk and run again") from None
-        return done
+            raise UserError(f"{self._name(shard)}: {error.strerror}; check the disk and run again") from None
+        return True
 
     def _open(self, shard: int) -> int:
         descriptor = self._files.get(shard)
@@ -151,30 +186,61 @@ class ShardStore:
         if len(self._files) >= MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         try:
-            descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            path = self._source.local_path(self.index.shards[shard])
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(
-                f"{self._path(shard)}: {error.strerror}; fetch the folder again (`dvc checkout`) or rebuild it"
+                f"{self._name(shard)}: {error.strerror}; fetch the folder again (`dvc checkout`) or rebuild it"
             ) from None
         self._files[shard] = descriptor
         return descriptor
 
-    def _path(self, shard: int) -> Path:
-        return self._source.local_path(self.index.shards[shard])
+    def _name(self, shard: int) -> str:
+        return str(self.index.folder / self.index.shards[shard].name)
 
     def _damaged(self, number: int, shard: int) -> UserError:
         return UserError(
-            f"{self._path(shard)}: sample {number:08d} is damaged (its crc32 differs from the index); delete the "
+            f"{self._name(shard)}: sample {number:08d} is damaged (its crc32 differs from the index); delete the "
             "folder and fetch it again (`dvc checkout`) or rebuild it (`dvc repro --force shard`), and check the disk"
         )
 
 
-def decode_original(payload: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Any image file, brought to `(h, w, c)` by the audit's rules."""
-    return to_pixels(open_original(payload), shape[0], shape[2])
+class MixedStore:
+    """Several sets read as one, ids counting on from set to set.
+
+    Args:
+        stores: of sets that hold images of one shape.
+    """
+
+    def __init__(self, stores: Sequence[ShardStore]) -> None:
+        self._stores = stores
+        self._ends = np.cumsum([store.index.num_images for store in stores])
+
+    def read(
+        self, ids: NDArray[np.integer[Any]], out: NDArray[np.uint8] | None = None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """As :meth:`ShardStore.read`."""
+        index = self._stores[0].index
+        shape = (len(ids), index.channels, index.image_size, index.image_size)
+        images = np.empty(shape, np.uint8) if out is None else out
+        labels = np.empty(len(ids), np.int64)
+        sets = np.searchsorted(self._ends, ids, side="right")
+        for number in np.unique(sets).tolist():
+            here, store = sets == number, self._stores[number]
+            images[here], labels[here] = store.read(ids[here] - (self._ends[number] - store.index.num_images))
+        return images, labels
 
 
-def _by_shard(ids: NDArray[np.integer[Any]], rows: NDArray[np.void]) -> Iterator[tuple[int, int, Row]]:
-    """(place in the batch, sample number, row), shard after shard, so that each file is opened once a batch."""
-    order = np.argsort(rows["shard"], kind="stable")
-    yield from zip(order.tolist(), ids[order].tolist(), rows[order].tolist(), strict=True)
+def _neighbours(rows: NDArray[np.void]) -> Iterator[tuple[slice, list[Row]]]:
+    """Runs of sorted rows that one call reads: in one tar, with small gaps, none twice."""
+    if not len(rows):
+        return
+    offsets, ends = rows["offset"].astype(np.int64), rows["offset"].astype(np.int64) + rows["size"]
+    gaps = offsets[1:] - ends[:-1]
+    apart = (rows["shard"][1:] != rows["shard"][:-1]) | (gaps < 0) | (gaps > MAX_GAP_BYTES)
+    starts = [0, *(np.flatnonzero(apart) + 1).tolist()]
+    values = rows.tolist()
+    for start, stop in pairwise([*starts, len(rows)]):
+        for first in range(start, stop, MAX_NEIGHBOURS):
+            last = min(first + MAX_NEIGHBOURS, stop)
+            yield slice(first, last), values[first:last]

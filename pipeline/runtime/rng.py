@@ -31,6 +31,10 @@ class Stream(IntEnum):
     ORDER = 6
     HALVES = 7
     DROPOUT = 8
+    SHARDS = 16
+    WINDOW = 17
+    BALANCE = 18
+    MIX = 19
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

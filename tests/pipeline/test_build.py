@@ -24,7 +24,7 @@ PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 
 def index(size: int = 8, classes: int = 10) -> SimpleNamespace:
     names, labels = tuple(map(str, range(classes))), np.repeat(np.arange(classes or 1) if classes else [-1], 3)
-    return SimpleNamespace(image_size=size, channels=1, num_classes=classes, classes=names, samples={"label": labels})
+    return SimpleNamespace(image_size=size, channels=1, num_classes=classes, classes=names, labels=labels)
 
 
 def changed(section: str, **values: object) -> Params:

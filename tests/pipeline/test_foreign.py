@@ -22,7 +22,7 @@ from pipeline.data.foreign import index_foreign
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.loader import iterate_batches
 from pipeline.data.npy import open_npy
-from pipeline.data.order import Order
+from pipeline.data.order import RandomOrder
 from pipeline.data.remote import Patience
 from pipeline.data.sources import open_shards
 from pipeline.data.store import ShardStore
@@ -332,9 +332,11 @@ def test_tars_behind_urls_are_fetched_once_for_indexing_and_training(cache: Shar
         assert refused == {}
         assert [shard.url for shard in made.shards] == [f"{server.url}/0.tar", f"{server.url}/1.tar"]
         made, source = open_shards(made.folder, "", cache)
-        batches = iterate_batches(made, Order(4, 0), batch_size=2, steps=range(2), share=slice(0, 2), source=source)
+        batches = iterate_batches(
+            [made], RandomOrder(4, 0), batch_size=2, steps=range(2), share=slice(0, 2), sources=[source]
+        )
         for step, batch in enumerate(batches):
-            assert np.array_equal(batch.images, images[Order(4, 0).images(2 * step, 2 * step + 2)])
+            assert np.array_equal(batch.images, images[RandomOrder(4, 0).images_at(np.arange(2 * step, 2 * step + 2))])
         assert (server.gets["0.tar"], server.gets["1.tar"]) == (1, 1)
         server.trouble = {"1.tar": ["404"]}
         with pytest.raises(UserError, match=r"/1\.tar: not found"):

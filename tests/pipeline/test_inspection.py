@@ -1,5 +1,6 @@
 """The commands to look at a set and to check it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from PIL import Image
 
 from pipeline.data.__main__ import main as run_command
 from pipeline.data.index import ShardIndex
-from pipeline.data.order import Order
+from pipeline.data.order import RandomOrder
 from pipeline.data.store import ShardStore
 from pipeline.data.writer import Sample, write_shards
 from pipeline.errors import UserError
+from pipeline.lineage import ROOT
 from tests.servers import FolderServer
 
 
@@ -21,6 +23,7 @@ from tests.servers import FolderServer
 def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardIndex:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "cache"))
+    shutil.copy(ROOT / "params.yaml", tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
     return write_shards(
         tmp_path / "shards",
@@ -44,7 +47,7 @@ def test_show_draws_the_range_of_the_order_that_training_sees(
     with FolderServer(tmp_path / "shards") as server:
         place = [server.url] if far else []
         run_command(["show", *place, "--epoch", "2", "--start", "28", "--count", "4", "--seed", "5", "--out", "a.png"])
-    ids = Order(30, 5).images(88, 92)
+    ids = RandomOrder(30, 5).images_at(np.arange(88, 92))
     images, labels = ShardStore(shards).read(ids)
     with Image.open("a.png") as picture:
         sheet = np.asarray(picture)
@@ -115,8 +118,6 @@ def test_verify_reads_records_that_straddle_pieces(
 
 
 def test_as_a_program_it_ends_like_a_stage(shards: ShardIndex, tmp_path: Path) -> None:
-    from pipeline.lineage import ROOT
-
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pipeline.data", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

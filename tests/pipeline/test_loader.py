@@ -1,25 +1,47 @@
-"""Batches from real shards: the same for any number of workers, and from any step on."""
+"""Batches from real shards: the same for any number of ranks and workers, changed at any step."""
+
+import hashlib
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.data import store as store_module
 from pipeline.data.index import ShardIndex
-from pipeline.data.loader import Batch, iterate_batches
-from pipeline.data.order import Order
+from pipeline.data.loader import Batch, _Steps, iterate_batches
+from pipeline.data.mixing import BalancedOrder, MixedOrder, MixedWindowedOrder
+from pipeline.data.order import Order, RandomOrder, WindowedOrder
 from pipeline.data.writer import Sample, write_shards
+from pipeline.errors import UserError
+
+BATCH = 24
+WINDOWS = {"batch_size": BATCH, "num_lanes": 5, "window_images": 7}
+
+
+def write(folder: Path, first: int, count: int) -> ShardIndex:
+    """Images whose pixels are their number and whose label is its rest by 3, in shards of 5."""
+    samples = (Sample(np.full((4, 4, 3), i, dtype=np.uint8), i % 3, {}) for i in range(first, first + count))
+    return write_shards(folder, samples, image_size=4, channels=3, encoding="raw", classes=("a", "b", "c"),
+                        shard_images=5)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    """23 images whose pixels and label are their number, in shards of 5."""
-    samples = (Sample(np.full((4, 4, 3), i, dtype=np.uint8), i % 3, {}) for i in range(23))
-    return write_shards(tmp_path_factory.mktemp("data") / "shards", samples, image_size=4, channels=3, encoding="raw",
-                        classes=("a", "b", "c"), shard_images=5)  # fmt: skip
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardIndex, ShardIndex]:
+    folder = tmp_path_factory.mktemp("data")
+    return write(folder / "one", 0, 53), write(folder / "two", 100, 31)
+
+
+@pytest.fixture(scope="module")
+def index(indexes: tuple[ShardIndex, ShardIndex]) -> ShardIndex:
+    return indexes[0]
 
 
 def batches(index: ShardIndex, steps: range, share: slice = slice(0, 8), workers: int = 0) -> list[Batch]:
-    return list(iterate_batches(index, Order(23, seed=1), batch_size=8, steps=steps, share=share, workers=workers))
+    form = {"batch_size": 8, "steps": steps, "share": share, "workers": workers}
+    return list(iterate_batches([index], RandomOrder(53, seed=1), **form))
 
 
 def numbers(some: list[Batch]) -> list[int]:
@@ -27,12 +49,13 @@ def numbers(some: list[Batch]) -> list[int]:
 
 
 def test_a_batch_is_what_the_order_says(index: ShardIndex) -> None:
-    seen = batches(index, range(6))
-    assert numbers(seen) == Order(23, seed=1).images(0, 48).tolist()
-    assert torch.cat([b.positions for b in seen]).tolist() == list(range(48))
+    seen = batches(index, range(9))
+    assert numbers(seen) == RandomOrder(53, seed=1).images_at(np.arange(72)).tolist()
+    assert torch.cat([b.positions for b in seen]).tolist() == list(range(72))
     assert torch.cat([b.labels for b in seen]).tolist() == [n % 3 for n in numbers(seen)]
     assert seen[0].images.shape == (8, 3, 4, 4)
     assert seen[0].images.dtype == torch.uint8
+    assert seen[0].images.is_contiguous()
 
 
 def test_a_later_start_and_other_shares_give_the_same_images(index: ShardIndex) -> None:
@@ -44,4 +67,117 @@ def test_a_later_start_and_other_shares_give_the_same_images(index: ShardIndex) 
 
 @pytest.mark.slow
 def test_workers_change_nothing(index: ShardIndex) -> None:
-    assert numbers(batches(index, range(3, 9), workers=2)) == numbers(batches(index, range(3, 9)))
+    seen = batches(index, range(3, 9), workers=2)
+    assert numbers(seen) == numbers(batches(index, range(3, 9)))
+    assert seen[0].images.is_shared()  # written where the training process reads it
+
+
+def test_mixed_sets_are_read_as_one(indexes: tuple[ShardIndex, ShardIndex]) -> None:
+    order = MixedOrder([RandomOrder(53, 1), RandomOrder(31, 2)], [53, 31], [1.0, 1.0], seed=0)
+    seen = list(iterate_batches(indexes, order, batch_size=8, steps=range(10), share=slice(0, 8)))
+    ids = order.images_at(np.arange(80))
+    assert numbers(seen) == [i if i < 53 else 100 + i - 53 for i in ids.tolist()]
+    assert torch.cat([b.labels for b in seen]).tolist() == [n % 3 for n in numbers(seen)]
+
+
+def order_of(kind: str, indexes: Sequence[ShardIndex]) -> tuple[Sequence[ShardIndex], Order]:
+    sizes = [index.shard_sizes for index in indexes]
+    match kind:
+        case "random":
+            return indexes[:1], RandomOrder(53, 1)
+        case "bijection":
+            return indexes[:1], RandomOrder(53, 1)  # with the table's limit at 10
+        case "windowed":
+            return indexes[:1], WindowedOrder(sizes[0], 1, **WINDOWS)
+        case "balanced":
+            return indexes[:1], BalancedOrder(indexes[0].labels, 1)
+        case "mixed":
+            return indexes, MixedOrder([RandomOrder(53, 1), RandomOrder(31, 2)], [53, 31], [2.0, 1.0], 1)
+        case _:
+            return indexes, MixedWindowedOrder(sizes, [2.0, 1.0], 1, **WINDOWS)
+
+
+def digest(batches: Iterator[tuple[torch.Tensor, ...]]) -> str:
+    """One hash of images, labels and positions in the order they come."""
+    total = hashlib.sha256()
+    parts = [[part.numpy() for part in batch] for batch in batches]
+    for column in zip(*parts, strict=True):
+        total.update(np.concatenate(column).tobytes())
+    return total.hexdigest()
+
+
+KINDS = ("random", "bijection", "windowed", "balanced", "mixed", "mixed windowed")
+STEPS, CHANGES = 7, (0, 2, 3, 5)  # an epoch is 2.2 steps: each change is in mid-epoch
+
+
+def parts_of(world: int) -> list[slice]:
+    return [slice(rank * BATCH // world, (rank + 1) * BATCH // world) for rank in range(world)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_world_and_workers_and_three_changes_give_one_global_order(
+    kind: str, indexes: tuple[ShardIndex, ShardIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worlds 1 to 12 and 0 to 3 workers a rank. A worker is a pickled copy that gets its turn's steps, as in torch's
+    loader; real processes are below."""
+    if kind == "bijection":
+        monkeypatch.setattr("pipeline.data.order.TABLE_IMAGES", 10)
+    sets, order = order_of(kind, indexes)
+    whole = _Steps(sets, order, BATCH, slice(0, BATCH))
+    expected = digest(whole[step] for step in range(STEPS))
+    found = set()
+    for world in range(1, 13):
+        for workers in range(4):
+            seen: list[tuple[torch.Tensor, ...]] = []
+            for place, start in enumerate(CHANGES):
+                ranks = parts_of((world + 5 * place - 1) % 12 + 1)
+                copies = [pickle.dumps(_Steps(sets, order, BATCH, share)) for share in ranks]
+                processes = [[pickle.loads(copy) for _ in range(workers or 1)] for copy in copies]
+                for step in range(start, (*CHANGES, STEPS)[place + 1]):
+                    seen += [own[step % len(own)][step] for own in processes]
+            found.add(digest(iter(seen)))
+    assert found == {expected}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # torch's advice on few cores
+@pytest.mark.parametrize("workers", [1, 3])
+def test_real_workers_and_three_changes_of_world_give_the_same_order(
+    workers: int, indexes: tuple[ShardIndex, ShardIndex]
+) -> None:
+    sets, order = order_of("mixed windowed", indexes)
+    whole = _Steps(sets, order, BATCH, slice(0, BATCH))
+    expected = digest(whole[step] for step in range(STEPS))
+    seen = []
+    for place, (start, world) in enumerate(zip(CHANGES, (2, 1, 2, 1), strict=True)):
+        steps = range(start, (*CHANGES, STEPS)[place + 1])
+        ranks = [iterate_batches(sets, order, batch_size=BATCH, steps=steps, share=share, workers=workers)
+                 for share in parts_of(world)]  # fmt: skip
+        seen += [(b.images, b.labels, b.positions) for batch in zip(*ranks, strict=True) for b in batch]
+    assert digest(iter(seen)) == expected
+
+
+def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
+    index = write(tmp_path / "s", 0, 10)
+    path = tmp_path / "s" / "00001.tar"
+    data = bytearray(path.read_bytes())
+    data[int(index.samples[7]["offset"]) + 130] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"00001\.tar: sample 00000007 is damaged"):
+        list(iterate_batches([index], RandomOrder(10, 0), batch_size=5, steps=range(2), share=slice(0, 5)))
+
+
+def test_neighbours_are_read_by_one_call(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = store_module.os.preadv
+    monkeypatch.setattr(store_module.os, "preadv", lambda *given: calls.append(len(given[1])) or real(*given))
+    images, _ = store_module.ShardStore(index).read(np.array([3, 0, 2, 1, 4, 9, 7]))
+    assert images[:, 0, 0, 0].tolist() == [3, 0, 2, 1, 4, 9, 7]
+    assert calls == [9, 3]  # five payloads and the gaps between; the second tar: two and what lies between
+
+
+def test_a_read_that_stops_early_is_gone_on_with(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = store_module.os.preadv
+    monkeypatch.setattr(store_module.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:100]], at))
+    images, _ = store_module.ShardStore(index).read(np.array([3, 0, 3, 1]))
+    assert images[:, 0, 0, 0].tolist() == [3, 0, 3, 1]

@@ -18,9 +18,7 @@ PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 
 def make_model(folder: Path, classes: tuple[str, ...]) -> TrainedModel:
     labels = np.arange(len(classes)) if classes else np.array([-1])
-    index = SimpleNamespace(
-        image_size=8, channels=1, num_classes=len(classes), classes=classes, samples={"label": labels}
-    )
+    index = SimpleNamespace(image_size=8, channels=1, num_classes=len(classes), classes=classes, labels=labels)
     small = PARAMS.model_copy(update={"model": PARAMS.model.model_copy(update={"base_channels": 8})})
     spec = make_model_spec(small, index)
     network = build_network(spec)

@@ -14,8 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data import index as index_module
 from pipeline.data import store as store_module
-from pipeline.data.index import SAMPLE_DTYPE, Shard, ShardIndex, load_index, save_index
+from pipeline.data.index import (
+    SAMPLE_DTYPE,
+    Shard,
+    ShardIndex,
+    check_alike,
+    load_index,
+    save_index,
+    verify_samples,
+)
 from pipeline.data.store import ShardStore
 from pipeline.data.writer import Sample, write_shards
 from pipeline.errors import UserError
@@ -257,10 +266,62 @@ def test_wrong_samples_are_refused_and_nothing_is_left(tmp_path: Path, sample: S
     assert not list(tmp_path.iterdir())
 
 
+def test_blocks_of_a_large_table_are_checked_before_their_first_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "BLOCK_ROWS", 4)
+    index = _write(tmp_path)
+    assert len(index.block_sha256) == 3
+    path = tmp_path / "samples.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # crc32 of the last row, in the third block
+    path.write_bytes(data)
+    damaged = load_index(tmp_path)  # opening does not read it
+    images, _ = ShardStore(damaged).read(np.array([0, 7]))
+    assert np.array_equal(images, _images(3)[[0, 7]].transpose(0, 3, 1, 2))
+    for read in (
+        lambda: ShardStore(damaged).read(np.array([0, 8])),
+        lambda: ShardStore(pickle.loads(pickle.dumps(damaged))).read(np.array([9])),
+        lambda: damaged.labels,
+    ):
+        with pytest.raises(UserError, match=r"samples\.npy: the rows from 8 on differ from their sha256"):
+            read()
+    with pytest.raises(UserError, match=r"samples\.npy: differs from the sha256"):
+        verify_samples(damaged)
+    content = load_json(tmp_path / "index.json")
+    save_json(tmp_path / "index.json", {**content, "block_sha256": content["block_sha256"][:2]})
+    with pytest.raises(UserError, match="2 hashes of blocks for 11 images"):
+        load_index(tmp_path)
+
+
+def test_a_small_index_has_no_blocks_and_is_checked_at_opening(tmp_path: Path) -> None:
+    index = _write(tmp_path)
+    assert index.block_sha256 == ()
+    verify_samples(index)
+    assert "block_sha256" not in load_json(tmp_path / "index.json")
+    assert index.labels.tolist() == [i % 2 for i in range(NUM_IMAGES)]
+
+
+def test_sets_that_differ_are_not_mixed(tmp_path: Path) -> None:
+    _write(tmp_path / "a")
+    _write(tmp_path / "b")
+    _write(tmp_path / "grey", channels=1)
+    _write(tmp_path / "bare", labelled=False)
+    check_alike([load_index(tmp_path / "a"), load_index(tmp_path / "b")])
+    for name, what in (("grey", r"channels \(3 and 1\)"), ("bare", r"classes \(2 and 0 classes")):
+        with pytest.raises(UserError, match=f"a and .*{name} can't be mixed: they differ in {what}"):
+            check_alike([load_index(tmp_path / "a"), load_index(tmp_path / name)])
+
+
 def test_an_index_that_does_not_add_up_is_not_saved(tmp_path: Path) -> None:
     form: dict[str, Any] = {"image_size": SIZE, "channels": 1, "encoding": "raw", "classes": ()}
     shards = [Shard("00000.tar", 2, 10, "")]
     with pytest.raises(ValueError, match="3 samples, but the shards count 2"):
         save_index(tmp_path, **form, shards=shards, samples=np.zeros(3, SAMPLE_DTYPE))
+    wrong = np.zeros(2, SAMPLE_DTYPE)
+    wrong["shard"] = [1, 0]
+    two = [Shard(f"0000{number}.tar", 1, 10, "") for number in range(2)]
+    with pytest.raises(ValueError, match="in turn"):
+        save_index(tmp_path, **form, shards=two, samples=wrong)
     with pytest.raises(ValueError, match="SAMPLE_DTYPE"):
         save_index(tmp_path, **form, shards=shards, samples=np.zeros(2))

@@ -1,5 +1,6 @@
 """A training step's draws and what it adds up for the loss curve."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from ddpm_core import EMA, p_losses, register_schedule, uniform_timesteps
 from pipeline.build import build_timestep_sampling
 from pipeline.config import load_params
 from pipeline.data.loader import Batch
+from pipeline.data.pixels import to_unit_range
 from pipeline.engine.loop import _log_row
 from pipeline.engine.state import COLUMNS, QUARTILES, TrainState
 from pipeline.engine.step import StepPlan, TrainStep, sum_quarters
@@ -72,6 +74,28 @@ def test_stratified_steps_cover_each_batch_however_it_is_cut() -> None:
     t = draws[0]
     assert torch.equal(draws[1], t)
     assert (t // 10).tolist() == list(range(BATCH))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_train_on_the_numbers_of_one(world: int) -> None:
+    """Timesteps, noise, flips and dropped labels of the whole batch, however it is cut."""
+    step, _ = make_step()
+    step.plan = replace(step.plan, null_label=7, label_dropout=0.4, horizontal_flip=True)
+    batch = batch_at(5)
+    labels = torch.arange(BATCH) % 7
+
+    def draw(part: slice) -> tuple[torch.Tensor, ...]:
+        return step._draw(to_unit_range(batch.images[part]), labels[part], batch.positions[part])
+
+    whole = draw(slice(0, BATCH))
+    ranks = [draw(slice(rank * BATCH // world, (rank + 1) * BATCH // world)) for rank in range(world)]
+    for number, expected in enumerate(whole):
+        assert torch.equal(torch.cat([rank[number] for rank in ranks]), expected)
+    x0, t, _, condition = whole
+    flipped = (x0 != to_unit_range(batch.images)).flatten(1).any(1)
+    assert 0 < flipped.sum() < BATCH
+    assert 0 < (condition == 7).sum() < BATCH
+    assert len(set(t.tolist())) > 4
 
 
 @pytest.mark.parametrize("micro_batch", [BATCH, 5])
