@@ -23,7 +23,7 @@ FORMAT = "ddpm-shards"
 VERSION = 1
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
-ENCODINGS = ("raw", "png", "original")
+ENCODINGS = ("raw", "png")
 
 # offset and size are of the payload (KEY.npy or KEY.png) in its tar; label -1 is none; crc32 is of the payload.
 SAMPLE_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("label", "<i4"), ("crc32", "<u4")])
