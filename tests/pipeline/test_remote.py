@@ -219,8 +219,13 @@ def test_what_was_used_longest_ago_goes_first_but_never_what_is_about_to_be_open
         source.local_path(local.shards[number])
         time.sleep(0.01)
     source.local_path(local.shards[0])
+    source.release()
+    time.sleep(0.01)
     other.local_path(local.shards[2])
-    assert here() == [0, 2]  # 1 was used before 0
+    assert here() == [0, 2]  # 1 was fetched after 0, but used before it
+    source.local_path(local.shards[0])
+    time.sleep(0.01)
+    other.local_path(local.shards[2])
     other.local_path(local.shards[3])
     assert here() == [0, 3]  # 0 is older than 2, but `source` may be about to open it
     source.release()
