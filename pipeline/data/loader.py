@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.data.index import ShardIndex
-from pipeline.data.order import Order
-from pipeline.data.store import MixedStore, ShardStore
+from pipeline.data.order import Order, list_shards
+from pipeline.data.sources import CachedSource
+from pipeline.data.store import LocalSource, MixedStore, ShardSource, ShardStore
 from pipeline.errors import UserError
+
+AHEAD_STEPS = 64  # whose shards are fetched beforehand, where they lie elsewhere
+RENEWAL_STEPS = 16  # how often that list is made anew
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,16 @@ class Batch:
 class _Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Step number -> this rank's batch. A map-style data set, so that any number of workers gives the same order."""
 
-    def __init__(self, indexes: Sequence[ShardIndex], order: Order, batch_size: int, share: slice) -> None:
-        stores = [ShardStore(index) for index in indexes]
+    def __init__(
+        self,
+        indexes: Sequence[ShardIndex],
+        order: Order,
+        batch_size: int,
+        share: slice,
+        sources: Sequence[ShardSource] | None = None,
+    ) -> None:
+        sources = [LocalSource(index.folder) for index in indexes] if sources is None else sources
+        stores = [ShardStore(index, source) for index, source in zip(indexes, sources, strict=True)]
         self.store = stores[0] if len(stores) == 1 else MixedStore(stores)
         size, channels = indexes[0].image_size, indexes[0].channels
         self.shape = (share.stop - share.start, channels, size, size)
@@ -72,6 +84,7 @@ def iterate_batches(
     share: slice,
     workers: int = 0,
     pin_memory: bool = False,
+    sources: Sequence[ShardSource] | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches, one a step: step s is the global positions [s B, (s + 1) B), of which a rank reads a slice.
 
@@ -83,11 +96,22 @@ def iterate_batches(
         share: this rank's slice of [0, B).
         workers: loader processes beside this one; speed, never order.
         pin_memory: page-locked memory for asynchronous copies to a GPU.
+        sources: where the tars of each set are; the indexes' folders if left out. A cache is told ahead what comes.
     """
+    caches = [source if isinstance(source, CachedSource) else None for source in sources or ()]
+    sizes = np.concatenate([index.shard_sizes for index in indexes])
+
+    def announced() -> Iterator[int]:
+        for place, step in enumerate(steps):  # as they are dealt to the workers
+            if place % RENEWAL_STEPS == 0:
+                ahead = steps[place : place + AHEAD_STEPS]
+                _prefetch(caches, indexes, list_shards(order, sizes, batch_size=batch_size, steps=ahead, share=share))
+            yield step
+
     loader = DataLoader(
-        _Steps(indexes, order, batch_size, share),
+        _Steps(indexes, order, batch_size, share, sources),
         batch_size=None,
-        sampler=steps,
+        sampler=announced() if any(caches) else steps,
         num_workers=workers,
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers else None,  # a fork would copy locks held by other threads
@@ -97,9 +121,18 @@ def iterate_batches(
         for images, labels, positions in loader:
             yield Batch(images, labels, positions)
     except UserError as error:  # from a worker it comes wrapped in that worker's traceback
-        raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        ) from None
+        kind = f"{type(error).__module__}.{type(error).__name__}: "
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix(kind)) from None
+
+
+def _prefetch(caches: Sequence[CachedSource | None], indexes: Sequence[ShardIndex], numbers: list[int]) -> None:
+    """Have shards fetched ahead. They are numbered through all sets in turn."""
+    first = 0
+    for cache, index in zip(caches, indexes, strict=True):
+        stop = first + len(index.shards)
+        if cache is not None:
+            cache.prefetch(number - first for number in numbers if first <= number < stop)
+        first = stop
 
 
 def _outlive_signals(worker: int) -> None:
