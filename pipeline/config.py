@@ -5,6 +5,7 @@ Read with ruamel in its safe YAML 1.2 mode, as DVC does: PyYAML takes `1e-4` for
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -32,6 +33,8 @@ class DataParams(Section):
     def _images_are_safe(self) -> DataParams:
         if paths.RAW.absolute() in Path(self.raw).absolute().parents:
             raise ValueError(f"raw lies inside {paths.RAW}, which DVC deletes before each fetch: move your images")
+        if re.search(r"\w://([^/\s]*@|[^\s]*\?)", self.raw):
+            raise ValueError("raw is a URL with a password or token: give that in the environment, this file is public")
         return self
 
 
@@ -54,6 +57,7 @@ class ShardParams(Section):
     crop: Literal["center", "none"]
     encoding: Literal["raw", "png", "jpeg", "original", "auto"]
     jpeg_quality: Annotated[int, Field(ge=1, le=100)]
+    class_key: str | None
     shard_images: Positive
     max_broken_share: Share
     near_duplicate_bits: Annotated[int, Field(ge=0, le=8)] | None

@@ -88,6 +88,8 @@ def raw_finding(params: Params) -> Finding:
     raw = Path(params.data.raw)
     if raw == paths.RAW:
         return Finding(True, f"data.raw is {raw}, which the fetch stage fills from `{params.fetch.source}`")
+    if raw.suffix == ".txt" and raw.is_file():
+        return Finding(True, f"data.raw is {raw}, a list of tars")
     if not raw.is_dir():
         return Finding(False, f"data.raw is {raw}, which is no folder: set it in params.yaml")
     return Finding(True, f"data.raw is {raw}, a folder of yours")

@@ -139,7 +139,9 @@ def score(
     `fd_reconstruction` is to the same images; `fd_reconstruction_like_for_like` to the other half, as samples are
     compared, so `fd_like_for_like` of samples can hardly be below it.
     """
-    extractor = load_extractor(reference["extractor"], topology.device)
+    extractor = load_extractor(
+        reference["extractor"], topology.device, inception_weights=reference["inception_weights"]
+    )
     if extractor.protocol != reference["protocol"]:
         raise UserError(f"{paths.REFERENCE} was made as `{reference['protocol']}`: run `dvc repro reference` again")
     ids, _ = halves(index.num_images, reference["floor_images"])

@@ -9,7 +9,10 @@ import numpy as np
 from ddpm_core.frechet import Moments
 from pipeline import paths
 from pipeline.config import load_params
+from pipeline.data.cache import ShardCache
 from pipeline.data.index import ShardIndex, load_index
+from pipeline.data.sources import open_shards
+from pipeline.data.store import ShardSource
 from pipeline.engine.features import load_extractor
 from pipeline.engine.score import (
     class_accuracy,
@@ -39,13 +42,16 @@ def main() -> None:
     """Features of all samples in one pass, then every score; written as metrics and to the model's run."""
     params, machine = load_params().evaluate, load_machine()
     restart_under_torchrun("pipeline.evaluate", machine)
-    real, samples = load_index(paths.SHARDS), load_index(paths.SAMPLES)
+    real, source = open_shards(paths.SHARDS, machine.shards, ShardCache(machine.cache, machine.cache_bytes))
+    samples = load_index(paths.SAMPLES)
     reference, moments = load_reference(paths.REFERENCE, real)
     size = reference["floor_images"]
     parts = {f"part_{i}": np.arange(i * size, (i + 1) * size) for i in range(2) if (i + 1) * size <= samples.num_images}
     model = load_json(paths.MODEL / "model.json")
     with start_topology(machine) as topology:
-        extractor = load_extractor(reference["extractor"], topology.device)
+        extractor = load_extractor(
+            reference["extractor"], topology.device, inception_weights=reference["inception_weights"]
+        )
         if extractor.protocol != reference["protocol"]:
             raise UserError(f"{paths.REFERENCE} was made as `{reference['protocol']}`: run `dvc repro reference` again")
         generated = stream_moments(
@@ -55,8 +61,8 @@ def main() -> None:
             return
     scores = {
         **distances(reference["extractor"], moments, generated, list(parts)),
-        **pixel_scores(real, samples, params.real_images),
-        **(context_psnr(real, samples) if "context" in model else {}),
+        **pixel_scores(real, samples, params.real_images, source),
+        **(context_psnr(real, samples, source) if "context" in model else {}),
         "num_samples": samples.num_images,
         "num_reference": real.num_images,
         "floor_images": size,
@@ -107,9 +113,11 @@ def distances(
     }
 
 
-def pixel_scores(real: ShardIndex, samples: ShardIndex, most: int) -> dict[str, float | None]:
+def pixel_scores(
+    real: ShardIndex, samples: ShardIndex, most: int, source: ShardSource | None = None
+) -> dict[str, float | None]:
     """Agreement with the asked class, and how many samples are near copies; each beside its value for real images."""
-    pixels, labels = read_vectors(real, most)
+    pixels, labels = read_vectors(real, most, source)
     generated, asked = read_vectors(samples, samples.num_images)
     accuracy = class_accuracy(pixels, labels, generated, asked)
     one, other = halves(len(pixels), len(pixels) // 2)

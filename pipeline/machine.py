@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -28,6 +28,9 @@ VARIABLES = {
     "PIPELINE_SHARD_PROCESSES": "processes that check and pack images (default: the cores this process may use)",
     "PIPELINE_SHARD_WORKER": "K/N: do the K-th of N parts of sharding, K from 0; see docs/sharding.md (default: all)",
     "PIPELINE_STATE": "folder for resume state and what the tracker could not send yet (default .state)",
+    "PIPELINE_SHARDS": "folder or URL of the shards, or dvc:// for the DVC remote (default: the folder shards)",
+    "PIPELINE_CACHE": "folder of this node for shards from elsewhere (default ~/.cache/ddpm-pipeline)",
+    "PIPELINE_CACHE_GB": "10^9 bytes it may take; used longest ago goes first (default 100)",
 }
 
 
@@ -47,6 +50,9 @@ class Machine:
     features: str
     tracking: bool
     state: Path
+    shards: str = field(repr=False)  # a URL may hold a password
+    cache: Path
+    cache_bytes: int
     shard_processes: int | None = None
     shard_worker: tuple[int, int] | None = None
 
@@ -102,4 +108,12 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
         state=Path(given.get("PIPELINE_STATE", "") or ".state"),
         shard_processes=count("PIPELINE_SHARD_PROCESSES", 1),
         shard_worker=part("PIPELINE_SHARD_WORKER"),
+        shards=given.get("PIPELINE_SHARDS", ""),
+        cache=Path(given.get("PIPELINE_CACHE", "") or _user_cache(environment)),
+        cache_bytes=(count("PIPELINE_CACHE_GB", 1) or 100) * 10**9,
     )
+
+
+def _user_cache(environment: Mapping[str, str] | None) -> Path:
+    known = os.environ if environment is None else environment
+    return Path(known.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-pipeline"

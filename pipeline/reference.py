@@ -6,7 +6,8 @@ import logging
 
 from pipeline import paths
 from pipeline.config import load_params
-from pipeline.data.index import load_index
+from pipeline.data.cache import ShardCache
+from pipeline.data.sources import open_shards
 from pipeline.engine.features import load_extractor
 from pipeline.engine.score import halves, save_moments, stream_moments
 from pipeline.errors import UserError
@@ -24,7 +25,7 @@ def main() -> None:
     """One pass over all real images; keep the moments of all and of two disjoint halves."""
     params, machine = load_params().reference, load_machine()
     restart_under_torchrun("pipeline.reference", machine)
-    index = load_index(paths.SHARDS)
+    index, source = open_shards(paths.SHARDS, machine.shards, ShardCache(machine.cache, machine.cache_bytes))
     half = min(index.num_images // 2, MOST_FLOOR_IMAGES) if params.floor_images == "auto" else params.floor_images
     if not 2 <= half <= index.num_images // 2:
         raise UserError(
@@ -35,7 +36,7 @@ def main() -> None:
     with start_topology(machine) as topology:
         extractor = load_extractor(params.extractor, topology.device, inception_weights=params.inception_weights)
         moments = stream_moments(
-            index, extractor, subsets, topology, batch_size=machine.sample_batch, label="reference"
+            index, extractor, subsets, topology, batch_size=machine.sample_batch, label="reference", source=source
         )
         if not topology.is_main:
             return
@@ -44,6 +45,7 @@ def main() -> None:
             save_moments(aside / f"{name}.safetensors", one)
         description = {
             "extractor": extractor.name,
+            "inception_weights": params.inception_weights,
             "protocol": extractor.protocol,
             "weights_sha256": extractor.weights_sha256,
             "shard_index_sha256": index.sha256,

@@ -6,6 +6,8 @@ not depend on damage to other files; it is named in a warning and counted as `nu
 What was found out about each file, and its payload, is kept in `PIPELINE_STATE/shard/<key>/`: a second run, after a
 kill or with new files in the folder, only does what is missing. The output depends on the files and parameters alone,
 never on that history, the number of processes or of nodes. See docs/sharding.md.
+
+Where `data.raw` names tars made by others they are indexed instead, and stay where they are. See docs/data.md.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,23 +27,28 @@ import numpy as np
 import PIL
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import features
+from PIL import Image, features
 
 from pipeline import paths
 from pipeline.config import Params, load_params
+from pipeline.data.cache import ShardCache
 from pipeline.data.catalogue import make_file_keys
-from pipeline.data.contact import draw_contact_sheet
+from pipeline.data.contact import choose_examples, draw_contact_sheet, draw_sheet
 from pipeline.data.duplicates import draw_held_out, find_duplicates, list_duplicates
 from pipeline.data.examine import HEADER_DTYPE, RESULT_DTYPE, Form, auto_size, examine_files, survey_files
+from pipeline.data.foreign import Indexed, index_foreign
 from pipeline.data.index import Preparation, ShardIndex, load_index, save_index
-from pipeline.data.listing import list_images
+from pipeline.data.listing import Found, Listing, list_images
 from pipeline.data.pack import Tar, collect_tars, pack_tar, plan_tars
+from pipeline.data.sources import open_shards
+from pipeline.data.store import ShardStore
 from pipeline.data.tally import ClassCount, Selection, count_classes, make_report, make_table, select
+from pipeline.data.tars import list_tars, looks_foreign
 from pipeline.data.work import Work
 from pipeline.data.writer import describe_encoder
 from pipeline.errors import UserError
 from pipeline.lineage import source_sha256
-from pipeline.machine import load_machine
+from pipeline.machine import Machine, load_machine
 from pipeline.runtime.files import locked_folder, save_json, save_text, sha256_json, whole_file, whole_folder
 from pipeline.runtime.process import run_stage
 
@@ -54,10 +62,11 @@ def main() -> None:
     if worker and "DVC_STAGE" in os.environ:
         raise UserError("PIPELINE_SHARD_WORKER is set, but a worker makes no outputs: use it with "
                         "`python -m pipeline.shard` on each node, and then start `dvc repro` without it")  # fmt: skip
+    if looks_foreign(raw):
+        return index_tars(params, machine)
     listing = list_images(raw)
     gc.freeze()  # a tuple for each file: the collector need not go through them again and again
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    work = Work(raw, listing, make_file_keys(raw, listing.images), machine.shard_processes or cores, worker)
+    work = Work(raw, listing, make_file_keys(raw, listing.images), count_processes(machine), worker)
     form = resolve(params, work, machine.state / "shard")
     state = machine.state / "shard" / make_key(raw, asdict(form))
     with locked_folder(state / "workers" / f"{worker[0]}-of-{worker[1]}" if worker else state):
@@ -81,9 +90,58 @@ def main() -> None:
         classes = count_classes(listing, selection, held_out)
         report = make_report(listing, form, index, selection, duplicates, held_out, classes)
         save_text(paths.DUPLICATES, make_table(list_duplicates(selection.images, duplicates)))
-        finish(report, classes, work, form, selection)
+        finish(report, classes, partial(draw_contact_sheet, raw, form, selection.images))
         results.prune(work.keys)
         forget_others(state)
+
+
+def count_processes(machine: Machine) -> int:
+    """As many as asked for, else one a core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return machine.shard_processes or cores
+
+
+def index_tars(params: Params, machine: Machine) -> None:
+    """The stage for tars made by others: `shards` gets an index that points to them, with encoding `original`."""
+    config = params.shard
+    if config.encoding not in ("auto", "original"):
+        raise UserError("params.yaml: shard.encoding must be auto: data.raw names tars, which are used as they are")
+    if config.held_out_share:
+        raise UserError("params.yaml: shard.held_out_share must be 0: data.raw names tars, which are used as they are; "
+                        "leave some out of data.raw instead")  # fmt: skip
+    if machine.shard_worker:
+        raise UserError(
+            "PIPELINE_SHARD_WORKER is set, but data.raw names tars, which are not dealt to workers: unset it"
+        )
+    cache = ShardCache(machine.cache, machine.cache_bytes)
+    selection = Selection([], np.empty(0, RESULT_DTYPE), [], [])
+
+    def check(parts: list[Indexed]) -> None:
+        nonlocal selection
+        named = any(sample.class_ is not None for part in parts for sample in part.accepted)
+        images = [Found(s.name, str(s.class_) if named else None) for part in parts for s in part.accepted]
+        refused = sorted(row for part in parts for row in part.refused)
+        selection = Selection(images, np.concatenate([part.results for part in parts]), [], refused)
+        check_refused(selection, config.max_broken_share)
+
+    index, _ = index_foreign(
+        list_tars(params.data.raw), paths.SHARDS, image_size=config.image_size, channels=config.channels,
+        class_key=config.class_key, cache=cache, preparation=Preparation(config.resize_filter, config.crop),
+        processes=count_processes(machine), check=check,
+    )  # fmt: skip
+    form = Form(index.image_size, 1 if index.channels == 1 else 3, index.encoding, config.jpeg_quality,
+                config.resize_filter, config.crop)  # fmt: skip
+    duplicates = find_duplicates(selection.rows, form.channels, form.image_size, config.near_duplicate_bits)
+    listing, held_out = Listing(selection.images, index.classes, [], 0, 0), np.zeros(index.num_images, np.bool_)
+    classes = count_classes(listing, selection, held_out)
+    report = make_report(listing, form, index, selection, duplicates, held_out, classes)
+    save_text(paths.DUPLICATES, make_table(list_duplicates(selection.images, duplicates)))
+    store = ShardStore(*open_shards(paths.SHARDS, "", cache))
+    examples = [
+        (name, list(store.read(np.array(ids))[0].transpose(0, 2, 3, 1)))
+        for name, ids in choose_examples(selection.images)
+    ]
+    finish(report, classes, partial(draw_sheet, examples=examples))
 
 
 def make_key(raw: str, form: dict[str, Any]) -> str:
@@ -159,17 +217,17 @@ def publish(form: Form, classes: tuple[str, ...], tars: dict[bool, list[Tar]]) -
     return load_index(paths.SHARDS)
 
 
-def finish(report: dict[str, Any], classes: list[ClassCount], work: Work, form: Form, selection: Selection) -> None:
-    """Write the rest of the report, and print what a person must know."""
+def finish(report: dict[str, Any], classes: list[ClassCount], draw: Callable[[str], Image.Image]) -> None:
+    """Write the rest of the report, `draw` the contact sheet under a title, and print what a person must know."""
     save_text(paths.CLASSES, make_table([ClassCount._fields, *classes]))
     title = (
-        f"{report['num_images']:,} images of {form.image_size} px, {form.channels} channels, "
+        f"{report['num_images']:,} images of {report['image_size']} px, {report['channels']} channels, "
         f"{report['num_classes']} classes in {report['num_shards']} shards; {report['num_held_out']:,} held out, "
         f"{report['num_refused']:,} refused, {report['num_skipped']:,} skipped, "
         f"{report['num_duplicates']:,} duplicates and {report['num_near_duplicates']:,} near ones"
     )
     with whole_file(paths.CONTACT_SHEET) as aside:
-        draw_contact_sheet(work.raw, form, selection.images, title).save(aside, "PNG")
+        draw(title).save(aside, "PNG")
     save_json(paths.SHARD_REPORT, report)
     for row in classes:
         if row.images == 0:

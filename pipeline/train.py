@@ -30,8 +30,11 @@ from pipeline.build import (
     place_network,
 )
 from pipeline.config import Params, SampleParams, load_params
-from pipeline.data.index import ShardIndex, load_indexes
+from pipeline.data.cache import ShardCache
+from pipeline.data.index import ShardIndex
 from pipeline.data.loader import iterate_batches
+from pipeline.data.sources import open_sets
+from pipeline.data.store import LocalSource, ShardSource
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.generate import GRID_ROWS
 from pipeline.engine.loop import LoopPlan, Observers, save_curve, train
@@ -61,8 +64,7 @@ def main() -> None:
     restart_under_torchrun("pipeline.train", machine)
     stop = StopRequest()
     latents = load_latents() if params.encode else None
-    sets = [entry.shards for entry in params.order.mix] if params.order.mix else [paths.SHARDS]
-    indexes = [latents.index] if latents else load_indexes(sets)
+    indexes, sources = open_training_sets(params, machine, latents)
     spec = make_model_spec(params, *indexes, first_stage=latents.spec if latents else None)
     with start_topology(machine) as topology:
         dtype = build_precision(params.train.precision, topology.device)
@@ -76,7 +78,7 @@ def main() -> None:
             if topology.is_main:
                 report_cost(step.state.network, spec, tracker)
             checkpoints.resume(step.state, topology, step.plan.section)
-            run_loop(step, params, machine, topology, indexes, spec, checkpoints, tracker, stop)
+            run_loop(step, params, machine, topology, indexes, sources, spec, checkpoints, tracker, stop)
             if topology.is_main:
                 publish(step.state, spec, lineage, tracker)
             topology.barrier()
@@ -99,6 +101,16 @@ def make_lineage(
         "train": params.train.model_dump(mode="json"),
         "order": params.order.model_dump(mode="json"),
     }
+
+
+def open_training_sets(
+    params: Params, machine: Machine, latents: LatentSet | None
+) -> tuple[tuple[ShardIndex, ...], tuple[ShardSource, ...]]:
+    """What training draws from: the latents, which the encode stage puts here, or the shards from where they are."""
+    if latents:
+        return (latents.index,), (LocalSource(latents.index.folder),)
+    folders = [entry.shards for entry in params.order.mix] if params.order.mix else [paths.SHARDS]
+    return open_sets(folders, machine.shards, ShardCache(machine.cache, machine.cache_bytes))
 
 
 def open_run(
@@ -205,6 +217,7 @@ def run_loop(
     machine: Machine,
     topology: Topology,
     indexes: Sequence[ShardIndex],
+    sources: Sequence[ShardSource],
     spec: dict[str, Any],
     checkpoints: CheckpointFolder,
     tracker: Tracker,
@@ -218,6 +231,7 @@ def run_loop(
         indexes, build_order(params, indexes),
         batch_size=config.batch_size, steps=steps, share=topology.slice_of(config.batch_size),
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
+        sources=sources,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
     first_stage = load_first_stage(spec, paths.FIRST_STAGE / WEIGHTS, topology.device)

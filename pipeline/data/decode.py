@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.data.audit import Refused, decode, to_pixels
 from pipeline.data.index import Preparation, ShardIndex
+from pipeline.data.npy import MAGIC, open_npy
 
 Pixels = NDArray[np.uint8]
 AS_AUDITED = Preparation()
@@ -53,7 +54,8 @@ def decode_original(payload: bytes, shape: tuple[int, int, int], preparation: Pr
 
     Arguments and errors as for :func:`decode_png`. A plain JPEG takes the fast decoder.
     """
-    return to_pixels(decode(payload), shape[0], shape[2], preparation.resize_filter, preparation.crop)
+    image = open_npy(payload) if payload.startswith(MAGIC) else decode(payload)
+    return to_pixels(image, shape[0], shape[2], preparation.resize_filter, preparation.crop)
 
 
 def _decode_jpeg(payload: bytes, channels: int) -> Pixels:

@@ -44,12 +44,13 @@ BLOCK_ROWS = 2**16  # of samples.npy, under one hash
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar of a set."""
+    """One tar of a set. It lies beside the index as `name`, or, if it is not ours, at `url`: a URL or a path."""
 
     name: str
     num_images: int
     num_bytes: int
     sha256: str
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class ShardTable(Sequence[Shard]):
         kept = list(shards)
         self._names = np.array([shard.name for shard in kept], dtype=np.str_)
         self._sha256 = np.array([shard.sha256 for shard in kept], dtype=np.bytes_)
+        self._urls = np.array([os.fsencode(shard.url) for shard in kept], dtype=np.bytes_)  # a byte each if empty
         self.num_images = np.array([shard.num_images for shard in kept], dtype=np.int64)
         self.num_bytes = np.array([shard.num_bytes for shard in kept], dtype=np.int64)
 
@@ -86,6 +88,11 @@ class ShardTable(Sequence[Shard]):
     def names(self) -> list[str]:
         """All names."""
         return self._names.tolist()  # type: ignore[no-any-return]
+
+    @property
+    def have_url(self) -> NDArray[np.bool_]:
+        """Which tars don't lie beside the index."""
+        return self._urls != b""  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
         return len(self._names)
@@ -98,7 +105,7 @@ class ShardTable(Sequence[Shard]):
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
         counts = int(self.num_images[place]), int(self.num_bytes[place])
-        return Shard(str(self._names[place]), *counts, self._sha256[place].decode())
+        return Shard(str(self._names[place]), *counts, self._sha256[place].decode(), os.fsdecode(self._urls[place]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +254,7 @@ def save_index(
         "num_images": len(samples),
         "classes": list(classes),
         "samples_sha256": hashlib.sha256(memory.getbuffer()).hexdigest(),
-        "shards": [asdict(shard) for shard in shards],
+        "shards": [{key: value for key, value in asdict(shard).items() if key != "url" or value} for shard in shards],
     }
     if len(samples) > BLOCK_ROWS:
         starts = range(0, len(samples), BLOCK_ROWS)
@@ -257,12 +264,16 @@ def save_index(
     save_json(folder / INDEX_NAME, content)
 
 
-def load_index(folder: str | Path) -> ShardIndex:
+def load_index(folder: str | Path, *, tars_elsewhere: bool = False) -> ShardIndex:
     """Open a shard set and check that it is whole, without reading it: 10 million samples in well under 0.1 s.
 
-    Checked: the format version, the presence and size of every tar, and the sha256 of samples.npy, if not now then at
-    the first use of each block (see above). The tars' content is not read: DVC hashes it, and
-    :class:`pipeline.data.store.ShardStore` checks each record it reads.
+    Checked: the format version, the presence and size of every tar that should lie here, and the sha256 of
+    samples.npy, if not now then at the first use of each block (see above). The tars' content is not read: DVC hashes
+    it, and :class:`pipeline.data.store.ShardStore` checks each record it reads.
+
+    Args:
+        folder: where index.json and samples.npy are.
+        tars_elsewhere: no tar lies here (:func:`pipeline.data.sources.open_shards` knows where they are).
 
     Raises:
         UserError: any of these does not hold; the message names the file and the remedy.
@@ -291,7 +302,7 @@ def load_index(folder: str | Path) -> ShardIndex:
         preparation = Preparation(**content.get("preparation", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); {_REBUILD}") from None
-    _check_shards(folder, shards)
+    _check_shards(folder, shards, tars_elsewhere)
     samples_path = folder / SAMPLES_NAME
     if not samples_path.is_file():
         raise UserError(f"{samples_path}: missing; {_REBUILD}")
@@ -305,13 +316,12 @@ def load_index(folder: str | Path) -> ShardIndex:
     return index
 
 
-def load_indexes(folders: Sequence[str | Path]) -> tuple[ShardIndex, ...]:
-    """Open several shard sets to draw from as one.
+def check_alike(indexes: Sequence[ShardIndex]) -> None:
+    """Refuse sets that can't be drawn from as one.
 
     Raises:
-        UserError: one can't be opened, or they differ in size, channels or classes.
+        UserError: they differ in size, channels or classes.
     """
-    indexes = tuple(load_index(folder) for folder in folders)
     first = indexes[0]
     for other in indexes[1:]:
         for name in ("image_size", "channels", "classes"):
@@ -322,7 +332,6 @@ def load_indexes(folders: Sequence[str | Path]) -> tuple[ShardIndex, ...]:
                 )
                 raise UserError(f"{first.folder} and {other.folder} can't be mixed: they differ in {name} ({differ}); "
                                 "write them with the same shard parameters and class folders")  # fmt: skip
-    return indexes
 
 
 def verify_samples(index: ShardIndex) -> None:
@@ -340,12 +349,16 @@ def _sha256_rows(rows: NDArray[np.void]) -> str:
     return hashlib.sha256(np.ascontiguousarray(rows).view(np.uint8).data).hexdigest()
 
 
-def _check_shards(folder: Path, shards: ShardTable) -> None:
-    """Every tar is there and has its size. By columns and without pathlib: there may be a hundred thousand."""
+def _check_shards(folder: Path, shards: ShardTable, elsewhere: bool) -> None:
+    """Every tar that should lie here is there and has its size. By columns and without pathlib: there may be a hundred
+    thousand."""
     prefix = f"{folder}{os.sep}"
-    for name, num_bytes in zip(shards.names, shards.num_bytes.tolist(), strict=True):
+    away = np.ones(len(shards), bool) if elsewhere else shards.have_url
+    for name, num_bytes, is_away in zip(shards.names, shards.num_bytes.tolist(), away.tolist(), strict=True):
         if os.sep in name:
             raise UserError(f"{folder / INDEX_NAME}: shard {name!r} lies outside the folder; {_REBUILD}")
+        if is_away:
+            continue
         try:
             found = os.stat(prefix + name)
         except OSError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.index import DTYPES, ShardIndex
-from pipeline.data.order import Order
-from pipeline.data.store import MixedStore, ShardStore
+from pipeline.data.order import Order, list_shards
+from pipeline.data.sources import CachedSource
+from pipeline.data.store import LocalSource, MixedStore, ShardSource, ShardStore
 from pipeline.errors import UserError
 
 PREFETCH = 2  # batches ahead, a worker
 SHARED_MEMORY = "/dev/shm"
+AHEAD_STEPS = 64  # whose shards are fetched beforehand, where they lie elsewhere
+RENEWAL_STEPS = 16  # how often that list is made anew
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,16 @@ class _Steps(Dataset[int]):
     read small images, and as long as to decode large ones.
     """
 
-    def __init__(self, indexes: Sequence[ShardIndex], order: Order, batch_size: int, share: slice) -> None:
-        stores = [ShardStore(index) for index in indexes]
+    def __init__(
+        self,
+        indexes: Sequence[ShardIndex],
+        order: Order,
+        batch_size: int,
+        share: slice,
+        sources: Sequence[ShardSource] | None = None,
+    ) -> None:
+        sources = [LocalSource(index.folder) for index in indexes] if sources is None else sources
+        stores = [ShardStore(index, source) for index, source in zip(indexes, sources, strict=True)]
         self.store = stores[0] if len(stores) == 1 else MixedStore(stores)
         size, channels = indexes[0].image_size, indexes[0].channels
         self.shape = (share.stop - share.start, channels, size, size)
@@ -87,6 +98,7 @@ def iterate_batches(
     share: slice,
     workers: int = 0,
     pin_memory: bool = False,
+    sources: Sequence[ShardSource] | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches, one a step: step s is the global positions [s B, (s + 1) B), of which a rank reads a slice.
 
@@ -101,23 +113,35 @@ def iterate_batches(
         share: this rank's slice of [0, B).
         workers: loader processes beside this one, for all steps; speed, never order.
         pin_memory: page-locked memory for asynchronous copies to a GPU.
+        sources: where the tars of each set are; the indexes' folders if left out. A cache is told ahead what comes.
 
     Raises:
         UserError: a record is damaged, or there is too little shared memory for the workers.
     """
-    data = _Steps(indexes, order, batch_size, share)
-    for buffer in _fill_here(data, steps) if workers == 0 else _fill_in_workers(data, steps, workers):
+    caches = [source if isinstance(source, CachedSource) else None for source in sources or ()]
+    sizes = np.concatenate([index.shard_sizes for index in indexes])
+
+    def announced() -> Iterator[int]:
+        for place, step in enumerate(steps):  # as they are dealt to the workers
+            if place % RENEWAL_STEPS == 0:
+                ahead = steps[place : place + AHEAD_STEPS]
+                _prefetch(caches, indexes, list_shards(order, sizes, batch_size=batch_size, steps=ahead, share=share))
+            yield step
+
+    data = _Steps(indexes, order, batch_size, share, sources)
+    turns: Iterable[int] = announced() if any(caches) else steps
+    for buffer in _fill_here(data, turns) if workers == 0 else _fill_in_workers(data, turns, workers):
         yield data.unpack(buffer.pin_memory() if pin_memory else buffer)
 
 
-def _fill_here(data: _Steps, steps: range) -> Iterator[Tensor]:
+def _fill_here(data: _Steps, steps: Iterable[int]) -> Iterator[Tensor]:
     for step in steps:
         buffer = torch.empty(data.num_bytes, dtype=torch.uint8)
         data.read(step, buffer)
         yield buffer
 
 
-def _fill_in_workers(data: _Steps, steps: range, workers: int) -> Iterator[Tensor]:
+def _fill_in_workers(data: _Steps, steps: Iterable[int], workers: int) -> Iterator[Tensor]:
     # While the caller holds a batch the workers are at most PREFETCH each ahead of it; one more stays for the caller.
     places = workers * PREFETCH + 2
     _check_shared_memory(places * data.num_bytes)
@@ -135,9 +159,18 @@ def _fill_in_workers(data: _Steps, steps: range, workers: int) -> Iterator[Tenso
         for number in loader:
             yield data.ring[number]
     except UserError as error:  # from a worker it comes wrapped in that worker's traceback
-        raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        ) from None
+        kind = f"{type(error).__module__}.{type(error).__name__}: "
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix(kind)) from None
+
+
+def _prefetch(caches: Sequence[CachedSource | None], indexes: Sequence[ShardIndex], numbers: list[int]) -> None:
+    """Have shards fetched ahead. They are numbered through all sets in turn."""
+    first = 0
+    for cache, index in zip(caches, indexes, strict=True):
+        stop = first + len(index.shards)
+        if cache is not None:
+            cache.prefetch(number - first for number in numbers if first <= number < stop)
+        first = stop
 
 
 def _check_shared_memory(needed: int) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ddpm_core.frechet import Moments, frechet_distance
 from pipeline.data.index import ShardIndex
-from pipeline.data.store import ShardStore, read_meta
+from pipeline.data.store import ShardSource, ShardStore, read_meta
 from pipeline.engine.features import Extractor
 from pipeline.errors import UserError
 from pipeline.runtime.files import load_json
@@ -43,6 +43,7 @@ def stream_moments(
     *,
     batch_size: int,
     label: str,
+    source: ShardSource | None = None,
 ) -> dict[str, Moments]:
     """Feature moments of a set of images and of subsets of it, in one pass over all ranks.
 
@@ -53,6 +54,7 @@ def stream_moments(
         topology: each rank reads a contiguous share.
         batch_size: images read at once.
         label: of the progress bar.
+        source: where the tars are; the index's folder if left out.
 
     Returns:
         `all` and each subset's name -> moments, complete on every rank. Memory does not grow with the number of images.
@@ -60,7 +62,7 @@ def stream_moments(
     ids = np.arange(index.num_images)
     members = {"all": np.ones(len(ids), dtype=bool)} | {name: np.isin(ids, chosen) for name, chosen in subsets.items()}
     moments = {name: Moments(extractor.dim) for name in members}
-    store = ShardStore(index)
+    store = ShardStore(index, source)
     mine = ids[topology.slice_of(len(ids))]
     with tqdm(total=len(mine), unit="img", disable=None if topology.is_main else True, desc=label) as bar:
         for start in range(0, len(mine), batch_size):
@@ -126,7 +128,9 @@ def mean_distance(first: list[Moments], second: list[Moments]) -> float:
     return float(np.mean([frechet_distance(a, b) for a, b in product(first, second)]))
 
 
-def read_vectors(index: ShardIndex, most: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def read_vectors(
+    index: ShardIndex, most: int, source: ShardSource | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Pixels of at most `most` images, evenly spread over the set, as vectors in [0, 1].
 
     Images above 16 px are averaged down to 16 px: enough to tell classes and copies, and small enough to compare all
@@ -136,7 +140,7 @@ def read_vectors(index: ShardIndex, most: int) -> tuple[NDArray[np.float32], NDA
         (n, d) float32 and (n,) labels, -1 where there is none.
     """
     ids = np.unique(np.linspace(0, index.num_images - 1, min(most, index.num_images)).astype(np.int64))
-    store, parts, labels = ShardStore(index), [], []
+    store, parts, labels = ShardStore(index, source), [], []
     for start in range(0, len(ids), _CHUNK):
         images, classes = store.read(ids[start : start + _CHUNK])
         pixels = torch.from_numpy(images).float() / 255
@@ -168,7 +172,7 @@ def class_accuracy(
     return agreement(order, samples, asked), agreement(rest, real[held_out], labels[held_out])
 
 
-def context_psnr(real: ShardIndex, samples: ShardIndex) -> dict[str, float | None]:
+def context_psnr(real: ShardIndex, samples: ShardIndex, source: ShardSource | None = None) -> dict[str, float | None]:
     """How near samples with a context are to the images that their contexts were made of, over the predicted pixels.
 
     10 log10(255^2 / mean squared error), the mean over all pixels of all samples, so that a single perfect one does not
@@ -185,7 +189,7 @@ def context_psnr(real: ShardIndex, samples: ShardIndex) -> dict[str, float | Non
     if len(notes) != samples.num_images or not all(0 <= note.get("image", -1) < real.num_images for note in notes):
         raise UserError(f"{samples.folder} does not say which images its contexts are of: run `dvc repro sample`")
     ids = np.array([note["image"] for note in notes])
-    made, truth = ShardStore(samples), ShardStore(real)
+    made, truth = ShardStore(samples), ShardStore(real, source)
     errors, pixels = np.zeros(2), 0
     for start in range(0, len(ids), _CHUNK):
         places = np.arange(start, min(start + _CHUNK, len(ids)))

@@ -20,8 +20,8 @@ from pipeline.data.index import (
     SAMPLE_DTYPE,
     Shard,
     ShardIndex,
+    check_alike,
     load_index,
-    load_indexes,
     save_index,
     verify_samples,
 )
@@ -307,10 +307,10 @@ def test_sets_that_differ_are_not_mixed(tmp_path: Path) -> None:
     _write(tmp_path / "b")
     _write(tmp_path / "grey", channels=1)
     _write(tmp_path / "bare", labelled=False)
-    assert [index.num_images for index in load_indexes([tmp_path / "a", tmp_path / "b"])] == [NUM_IMAGES] * 2
+    check_alike([load_index(tmp_path / "a"), load_index(tmp_path / "b")])
     for name, what in (("grey", r"channels \(3 and 1\)"), ("bare", r"classes \(2 and 0 classes")):
         with pytest.raises(UserError, match=f"a and .*{name} can't be mixed: they differ in {what}"):
-            load_indexes([tmp_path / "a", tmp_path / name])
+            check_alike([load_index(tmp_path / "a"), load_index(tmp_path / name)])
 
 
 def test_an_index_that_does_not_add_up_is_not_saved(tmp_path: Path) -> None:
