@@ -187,7 +187,9 @@ def load_litdata(folder: Path, workers: int, decode: Decoder | None) -> Iterator
     from litdata import StreamingDataLoader, StreamingDataset
 
     data = StreamingDataset(str(folder), shuffle=True)
-    loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=Decoding(decode))
+    loader = StreamingDataLoader(
+        data, batch_size=BATCH, num_workers=workers, collate_fn=Decoding(decode), prefetch_factor=2
+    )  # torch's default, which the others have
     for images, _ in loader:
         yield images
 

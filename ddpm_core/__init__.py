@@ -39,7 +39,10 @@ from ddpm_core.first_stage import (
     perceptual_distance,
     reparameterize,
 )
+from ddpm_core.frechet import Moments, frechet_distance, frechet_distance_of_features
 from ddpm_core.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Denoiser, IntervalGuidance
+from ddpm_core.inception_score import ClassSums, InceptionScore
+from ddpm_core.kernel import KernelDistance, kernel_distance, kernel_inception_distance
 from ddpm_core.likelihood import BitsPerDim, bits_per_dim, discretised_gaussian_log_likelihood
 from ddpm_core.losses import (
     LOSS_TYPES,
@@ -50,6 +53,7 @@ from ddpm_core.losses import (
     p_losses,
     weighted_loss,
 )
+from ddpm_core.neighbours import NeighbourScores, neighbour_scores
 from ddpm_core.nn.autoencoder import KLAutoencoder, PatchDiscriminator
 from ddpm_core.nn.classifier import NoisyClassifier
 from ddpm_core.nn.cost import Cost, count_cost
@@ -99,6 +103,7 @@ __all__ = [
     "AutoGuidance",
     "BitsPerDim",
     "ClassEmbedding",
+    "ClassSums",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "Colourise",
@@ -114,13 +119,17 @@ __all__ = [
     "DiffusionLoss",
     "ExactEmbedding",
     "FirstStageLoss",
+    "InceptionScore",
     "Inpaint",
     "IntervalGuidance",
     "KLAutoencoder",
+    "KernelDistance",
     "LatentScale",
     "LinearOperator",
     "LossAwareTimesteps",
+    "Moments",
     "NearestEmbedding",
+    "NeighbourScores",
     "NoiseSchedule",
     "NoisyClassifier",
     "PatchDiscriminator",
@@ -137,15 +146,20 @@ __all__ = [
     "drop_conditions",
     "drop_labels",
     "first_stage_loss",
+    "frechet_distance",
+    "frechet_distance_of_features",
     "gaussian_kernel",
     "get_loss",
     "hinge_loss",
     "invert_ddim",
+    "kernel_distance",
+    "kernel_inception_distance",
     "kl_to_standard_normal",
     "learned_log_variance",
     "make_betas",
     "make_timesteps",
     "min_snr_weights",
+    "neighbour_scores",
     "p_losses",
     "perceptual_distance",
     "predict_noise_from_start",

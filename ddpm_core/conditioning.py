@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ddpm_core.guidance import Denoiser
+    from ddpm_core.samplers.grid import Step
 
 Condition = Tensor | Mapping[str, Tensor] | None
 """What a denoiser is told: (b,) labels or another (b, ...) query, several of them by name, or nothing."""
@@ -203,13 +209,20 @@ class ContextConcat(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+    def at_step(self, step: Step) -> Denoiser:
+        """The same around what the network is at one step of a chain."""
+        if not hasattr(type(self.network), "at_step"):
+            return self
+        return partial(self, **self.network.at_step(step).keywords)  # type: ignore[operator]
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None, **known: Tensor) -> Tensor:
         """The network's output.
 
         Args:
             x_t: (b, c, ...).
             t: (b,) diffusion steps.
             condition: must have "context", (b, k, ...) of x_t's other sizes.
+            known: passed on: what :meth:`at_step` computed once.
 
         Returns:
             what the network returns: (b, c, ...), or twice the channels with a learned variance.
@@ -225,7 +238,8 @@ class ContextConcat(nn.Module):
             raise ValueError(
                 f"context has shape {tuple(context.shape)}, x_t {tuple(x_t.shape)}: only axis 1 may differ"
             )
-        return self.network(torch.cat((x_t, context.to(x_t.dtype)), dim=1), t, rest or None)  # type: ignore[no-any-return]
+        output: Tensor = self.network(torch.cat((x_t, context.to(x_t.dtype)), dim=1), t, rest or None, **known)
+        return output
 
 
 def composite(x0: Tensor, known: Tensor, mask: Tensor) -> Tensor:

@@ -39,8 +39,14 @@ class StepwiseDenoiser(Protocol):
 
 
 def denoiser_at(denoiser: Denoiser, step: Step) -> Denoiser:
-    """What a denoiser is at one step of a chain: itself, unless it is a :class:`StepwiseDenoiser`."""
-    return denoiser.at_step(step) if isinstance(denoiser, StepwiseDenoiser) else denoiser
+    """What a denoiser is at one step of a chain: itself, unless it is a :class:`StepwiseDenoiser`.
+
+    Its class must have the method: a compiled module passes on the attributes of the module inside, which is not
+    compiled.
+    """
+    if isinstance(denoiser, StepwiseDenoiser) and hasattr(type(denoiser), "at_step"):
+        return denoiser.at_step(step)
+    return denoiser
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,9 @@ from pipeline.config import (
 from pipeline.data.index import ShardIndex
 from pipeline.data.mixing import BalancedOrder, MixedOrder, MixedWindowedOrder
 from pipeline.data.order import Order, RandomOrder, WindowedOrder
-from pipeline.data.pixels import pixels_to_x0
 from pipeline.engine.context import LABEL, Colour, ContextMaker, Inpaint, RealContexts, SuperResolution
 from pipeline.engine.generate import ImageSampler
-from pipeline.engine.latents import FirstStage, make_latents
+from pipeline.engine.latents import FirstStage
 from pipeline.errors import UserError
 from pipeline.runtime.rng import Stream, draw_integer
 
@@ -307,13 +306,6 @@ def build_timestep_sampling(params: TrainParams) -> Callable[[Tensor, Tensor, in
             return lambda u, places, num_timesteps: ddpm_core.stratified_timesteps(
                 u, num_timesteps, places % size, size
             )
-
-
-def build_x0(spec: dict[str, Any], seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What the loader gives, and places in the global order -> the data to noise: pixels, or drawn latents."""
-    if "first_stage" not in spec:
-        return pixels_to_x0
-    return partial(make_latents, seed=seed, scale=spec["first_stage"]["scale"])
 
 
 def build_precision(precision: str, device: torch.device, *, section: str = "train") -> torch.dtype:

@@ -65,7 +65,8 @@ class ShardParams(Section):
 
 
 class ReferenceParams(Section):
-    extractor: Literal["efficientnet_lite0"]
+    extractor: Literal["efficientnet_lite0", "inception", "inception_clean"]
+    inception_weights: str | None
     floor_images: Annotated[int, Field(ge=2)] | Literal["auto"]
 
 

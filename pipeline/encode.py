@@ -97,7 +97,7 @@ def publish(
     index: ShardIndex, blocks: list[Path], spec: dict[str, Any], weights: str, scale: float, shard_images: int
 ) -> None:
     """Pack the moments with the images' labels and all else that is known of them."""
-    labels = index.samples["label"].tolist()
+    labels = index.labels.tolist()
 
     def samples() -> Iterator[Sample]:
         for moments, label, meta in zip(read_blocks(blocks), labels, read_meta(index), strict=True):

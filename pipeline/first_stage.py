@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddpm_core import KLAutoencoder, PatchDiscriminator
 from pipeline import paths
 from pipeline.config import AutoencoderParams
 from pipeline.data.index import ShardIndex, load_index
+from pipeline.data.pixels import pixels_to_x0
 from pipeline.engine.checkpoint import load_model_spec, load_weights
-from pipeline.engine.latents import FirstStage
+from pipeline.engine.latents import FirstStage, make_latents
 from pipeline.errors import UserError
 from pipeline.runtime.files import load_json, sha256_file
 
@@ -148,3 +152,10 @@ def load_first_stage(spec: dict[str, Any], weights: Path, device: torch.device |
     network = build_autoencoder(first_stage)
     load_weights(weights.parent, network, weights.name)
     return FirstStage(network.to(device), first_stage["scale"])
+
+
+def build_x0(spec: dict[str, Any], seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the loader gives, and places in the global order -> the data to noise: pixels, or drawn latents."""
+    if "first_stage" not in spec:
+        return pixels_to_x0
+    return partial(make_latents, seed=seed, scale=spec["first_stage"]["scale"])

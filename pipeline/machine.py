@@ -23,6 +23,7 @@ VARIABLES = {
     "PIPELINE_COMPILE": "1 or 0: torch.compile (default: only on CUDA)",
     "PIPELINE_CHANNELS_LAST": "1 or 0: convolutions with the channels last in memory (default: only on CUDA)",
     "PIPELINE_ACTIVATION_CHECKPOINTING": "1 or 0: train in less memory, computing activations twice (default 0)",
+    "PIPELINE_FEATURES": "torch, onnx or auto: what runs feature networks on a CPU (default auto: onnx if installed)",
     "PIPELINE_TRACKING": "1 or 0: write runs to MLflow (default 1)",
     "PIPELINE_SHARD_PROCESSES": "processes that check and pack images (default: the cores this process may use)",
     "PIPELINE_SHARD_WORKER": "K/N: do the K-th of N parts of sharding, K from 0; see docs/sharding.md (default: all)",
@@ -46,6 +47,7 @@ class Machine:
     compile: bool | None
     channels_last: bool | None
     activation_checkpointing: bool
+    features: str
     tracking: bool
     state: Path
     shards: str = field(repr=False)  # a URL may hold a password
@@ -101,6 +103,7 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
         compile=switch("PIPELINE_COMPILE"),
         channels_last=switch("PIPELINE_CHANNELS_LAST"),
         activation_checkpointing=choice("PIPELINE_ACTIVATION_CHECKPOINTING", "0", ("0", "1")) == "1",
+        features=choice("PIPELINE_FEATURES", "auto", ("torch", "onnx", "auto")),
         tracking=choice("PIPELINE_TRACKING", "1", ("0", "1")) == "1",
         state=Path(given.get("PIPELINE_STATE", "") or ".state"),
         shard_processes=count("PIPELINE_SHARD_PROCESSES", 1),

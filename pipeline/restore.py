@@ -130,6 +130,8 @@ def check_model(model: TrainedModel, args: argparse.Namespace) -> int | None:
     """
     if model.spec["network"].get("context_channels"):
         raise UserError(f"{args.model} needs context channels: restoration takes a model of images alone")
+    if model.first_stage is not None:
+        raise UserError(f"{args.model} is a model of latents, which are not linear in pixels: take one of pixels")
     if not 1 <= args.steps <= model.schedule.num_timesteps:
         raise UserError(f"--steps is {args.steps}, expected 1 to the model's {model.schedule.num_timesteps}")
     if args.label is not None:

@@ -24,7 +24,6 @@ from pipeline.build import (
     build_sampler,
     build_schedule,
     build_timestep_sampling,
-    build_x0,
     has_learned_variance,
     inner_network,
     make_model_spec,
@@ -43,7 +42,7 @@ from pipeline.engine.runs import describe_run
 from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
-from pipeline.first_stage import WEIGHTS, WEIGHTS_IN_MODEL, LatentSet, load_first_stage, load_latents
+from pipeline.first_stage import WEIGHTS, WEIGHTS_IN_MODEL, LatentSet, build_x0, load_first_stage, load_latents
 from pipeline.lineage import source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
 from pipeline.runtime.files import load_json, locked_folder, save_json, sha256_json

@@ -161,9 +161,9 @@ class DiT(DenoisingNetwork):
         zero_init(self.modulation_out)
         zero_init(self.patch_out)
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None, time: Tensor | None = None) -> Tensor:
         """The network's output. Arguments, result and errors as those of :meth:`ddpm_core.UNet.forward`."""
-        embedding, p = self.embed(x_t, t, condition), self.patch_size
+        embedding, p = self.embed(x_t, t, condition, time), self.patch_size
         tokens = self.patch_in(rearrange(x_t, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)) + self.positions
         for block in self.blocks:
             tokens = self.run(block, embedding, tokens)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_core.conditioning import ClassEmbedding, Condition, timestep_embedding
+
+if TYPE_CHECKING:
+    from ddpm_core.guidance import Denoiser
+    from ddpm_core.samplers.grid import Step
 
 
 class DenoisingNetwork(nn.Module):
@@ -49,13 +56,23 @@ class DenoisingNetwork(nn.Module):
         )
         self.class_embedding = ClassEmbedding(num_classes, embedding_dim) if num_classes else embedder
 
-    def embed(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """(b, embedding_dim) of step and condition, added and activated.
+    def at_step(self, step: Step) -> Denoiser:
+        """The same at one step of a chain: the step's embedding is computed here, once and for one row, not in every
+        call for every sample."""
+        weight = next(self.time_mlp.parameters())
+        wave = timestep_embedding(torch.tensor([step.t], device=weight.device), self.wave_dim)
+        return partial(self, time=self.time_mlp(wave.to(weight.dtype)))
+
+    def embed(self, x_t: Tensor, t: Tensor, condition: Condition, time: Tensor | None = None) -> Tensor:
+        """(b, embedding_dim) of step and condition, added and activated. `time`, (1, embedding_dim), is the step's part
+        where the caller has it.
 
         Raises:
             ValueError: a condition is given to a network that takes none.
         """
-        embedding: Tensor = self.time_mlp(timestep_embedding(t, self.wave_dim).to(x_t.dtype))
+        if time is None:
+            time = self.time_mlp(timestep_embedding(t, self.wave_dim).to(x_t.dtype))
+        embedding: Tensor = time.expand(len(x_t), -1)
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(condition, len(x_t))
         elif condition is not None:

@@ -113,7 +113,7 @@ class UNet(DenoisingNetwork):
         self.norm_out = make_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, channels * (1 + learned_variance), 3, padding=1))
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None, time: Tensor | None = None) -> Tensor:
         """The network's output.
 
         Args:
@@ -121,6 +121,7 @@ class UNet(DenoisingNetwork):
             t: (b,) diffusion steps.
             condition: (b,) int64 labels in [0, num_classes], num_classes being "no class"; None is "no class" for all.
                 With an embedder: what that takes.
+            time: (1, embedding_dim) of the step where all have the same, as :meth:`at_step` gives it.
 
         Returns:
             (b, channels, image_size, image_size); twice the channels with a learned variance.
@@ -128,7 +129,7 @@ class UNet(DenoisingNetwork):
         Raises:
             ValueError: a condition is given to a network that takes none.
         """
-        embedding = self.embed(x_t, t, condition)
+        embedding = self.embed(x_t, t, condition, time)
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.index import ShardIndex
+from pipeline.data.index import DTYPES, ShardIndex
 from pipeline.data.order import Order, list_shards
 from pipeline.data.sources import CachedSource
 from pipeline.data.store import LocalSource, MixedStore, ShardSource, ShardStore
@@ -20,6 +21,8 @@ from pipeline.errors import UserError
 
 AHEAD_STEPS = 64  # whose shards are fetched beforehand, where they lie elsewhere
 RENEWAL_STEPS = 16  # how often that list is made anew
+PREFETCH = 2  # batches ahead, a worker
+SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,13 @@ class Batch:
     positions: Tensor
 
 
-class _Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Step number -> this rank's batch. A map-style data set, so that any number of workers gives the same order."""
+class _Steps(Dataset[int]):
+    """Step number -> this rank's batch. A map-style data set, so that any number of workers gives the same order.
+
+    Workers write into a ring of shared buffers that are there from the start, labels, positions and images of a batch
+    in one, and send the number of the buffer. torch's own way, new shared memory for each tensor, takes longer than to
+    read small images, and as long as to decode large ones.
+    """
 
     def __init__(
         self,
@@ -53,26 +61,32 @@ class _Steps(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self.store = stores[0] if len(stores) == 1 else MixedStore(stores)
         size, channels = indexes[0].image_size, indexes[0].channels
         self.shape = (share.stop - share.start, channels, size, size)
+        self.dtype = torch.from_numpy(np.empty(0, DTYPES[indexes[0].encoding])).dtype
+        self.num_bytes = 2 * 8 * self.shape[0] + math.prod(self.shape) * self.dtype.itemsize
         self.order = order
         self.batch_size = batch_size
         self.share = share
+        self.ring = torch.empty((0, 0), dtype=torch.uint8)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        start, stop = step * self.batch_size + self.share.start, step * self.batch_size + self.share.stop
-        images = _empty(self.shape)
-        positions = np.arange(start, stop)
-        _, labels = self.store.read(self.order.images_at(positions), images.numpy())
-        return images, torch.from_numpy(labels), torch.from_numpy(positions)
+    def __getitem__(self, step: int) -> int:
+        number = step % len(self.ring)
+        self.read(step, self.ring[number])
+        return number
 
+    def read(self, step: int, buffer: Tensor) -> Batch:
+        """Fill a buffer of `num_bytes`."""
+        batch = self.unpack(buffer)
+        start = step * self.batch_size
+        torch.arange(start + self.share.start, start + self.share.stop, out=batch.positions)
+        ids = self.order.images_at(batch.positions.numpy())
+        batch.labels.numpy()[:] = self.store.read(ids, batch.images.numpy())[1]
+        return batch
 
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    """Room for a batch. In a worker it is shared memory, as in torch's own collation: the batch need not be copied
-    there before it can go to the training process."""
-    empty = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is None:
-        return empty.new_empty(shape)
-    storage = empty.untyped_storage()._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-    return empty.set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+    def unpack(self, buffer: Tensor) -> Batch:
+        """The three parts of a buffer, without copying."""
+        size = 8 * self.shape[0]
+        labels, positions = buffer[:size].view(torch.int64), buffer[size : 2 * size].view(torch.int64)
+        return Batch(buffer[2 * size :].view(self.dtype).view(self.shape), labels, positions)
 
 
 def iterate_batches(
@@ -88,15 +102,21 @@ def iterate_batches(
 ) -> Iterator[Batch]:
     """This rank's batches, one a step: step s is the global positions [s B, (s + 1) B), of which a rank reads a slice.
 
+    With workers and without `pin_memory` a batch is valid until the next but one is asked for: its memory is then
+    written again. Copy what is to be kept.
+
     Args:
         indexes: the shard sets, several if they are mixed; all hold images of one shape.
         order: the global order.
         batch_size: B, over all ranks.
-        steps: which steps; to resume, start later. There is no other state.
+        steps: which steps, one after another; to resume, start later. There is no other state.
         share: this rank's slice of [0, B).
-        workers: loader processes beside this one; speed, never order.
+        workers: loader processes beside this one, for all steps; speed, never order.
         pin_memory: page-locked memory for asynchronous copies to a GPU.
         sources: where the tars of each set are; the indexes' folders if left out. A cache is told ahead what comes.
+
+    Raises:
+        UserError: a record is damaged, or there is too little shared memory for the workers.
     """
     caches = [source if isinstance(source, CachedSource) else None for source in sources or ()]
     sizes = np.concatenate([index.shard_sizes for index in indexes])
@@ -108,18 +128,36 @@ def iterate_batches(
                 _prefetch(caches, indexes, list_shards(order, sizes, batch_size=batch_size, steps=ahead, share=share))
             yield step
 
+    data = _Steps(indexes, order, batch_size, share, sources)
+    told = announced() if any(caches) else steps
+    for buffer in _fill_here(data, told) if workers == 0 else _fill_in_workers(data, told, workers):
+        yield data.unpack(buffer.pin_memory() if pin_memory else buffer)
+
+
+def _fill_here(data: _Steps, steps: Iterable[int]) -> Iterator[Tensor]:
+    for step in steps:
+        buffer = torch.empty(data.num_bytes, dtype=torch.uint8)
+        data.read(step, buffer)
+        yield buffer
+
+
+def _fill_in_workers(data: _Steps, steps: Iterable[int], workers: int) -> Iterator[Tensor]:
+    # While the caller holds a batch the workers are at most PREFETCH each ahead of it; one more stays for the caller.
+    places = workers * PREFETCH + 2
+    _check_shared_memory(places * data.num_bytes)
+    data.ring = torch.zeros((places, data.num_bytes), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
     loader = DataLoader(
-        _Steps(indexes, order, batch_size, share, sources),
+        data,
         batch_size=None,
-        sampler=announced() if any(caches) else steps,
+        sampler=steps,
         num_workers=workers,
-        pin_memory=pin_memory,
-        multiprocessing_context="spawn" if workers else None,  # a fork would copy locks held by other threads
+        prefetch_factor=PREFETCH,
+        multiprocessing_context="spawn",  # a fork would copy locks held by other threads
         worker_init_fn=_outlive_signals,
     )
     try:
-        for images, labels, positions in loader:
-            yield Batch(images, labels, positions)
+        for number in loader:
+            yield data.ring[number]
     except UserError as error:  # from a worker it comes wrapped in that worker's traceback
         kind = f"{type(error).__module__}.{type(error).__name__}: "
         raise UserError(str(error).strip().splitlines()[-1].removeprefix(kind)) from None
@@ -133,6 +171,19 @@ def _prefetch(caches: Sequence[CachedSource | None], indexes: Sequence[ShardInde
         if cache is not None:
             cache.prefetch(number - first for number in numbers if first <= number < stop)
         first = stop
+
+
+def _check_shared_memory(needed: int) -> None:
+    """Without room the kernel would end this process at the first write."""
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # no such place: another system, which has its own way
+        return
+    if needed > free:
+        raise UserError(
+            f"the loader's workers need {needed / 2**20:,.0f} MiB of shared memory, but {SHARED_MEMORY} has "
+            f"{free / 2**20:,.0f} free: give more (docker run --shm-size=...), or lower PIPELINE_WORKERS"
+        )
 
 
 def _outlive_signals(worker: int) -> None:

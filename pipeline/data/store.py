@@ -7,8 +7,7 @@ import os
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from pipeline.errors import UserError
 
 MAX_OPEN_FILES = 128
 MAX_GAP_BYTES = 8192  # what is skipped between two payloads by reading it; in our tars their other members
-MAX_NEIGHBOURS = 32
+MAX_NEIGHBOURS = 64  # payloads that one call reads
 
 Ids = NDArray[np.integer[Any]]
 Row = tuple[int, int, int, int, int]  # the fields of SAMPLE_DTYPE
@@ -78,6 +77,7 @@ class ShardStore:
         self._dtype = DTYPES.get(index.encoding, np.dtype("u1"))
         empty = np.zeros(self._shape, self._dtype)
         self._head = encode_npy(empty)[: -empty.nbytes]
+        self._scratch = np.empty(0, np.uint8)
         self._gap = memoryview(bytearray(MAX_GAP_BYTES))
         self._files: OrderedDict[int, int] = OrderedDict()
         if index.encoding not in DTYPES:
@@ -132,56 +132,54 @@ class ShardStore:
         size = head + int(np.prod(self._shape)) * self._dtype.itemsize
         for place in np.flatnonzero(rows["size"] != size)[:1]:
             raise self._damaged(ids[place], rows[place]["shard"])
-        buffer = np.empty((len(ids), size), np.uint8)
-        memory = buffer.reshape(-1).data
-        for part, group in _neighbours(rows):
-            views = [memory[place * size : (place + 1) * size] for place in range(part.start, part.stop)]
-            self._fill(ids[part], group, views)
-        images[places] = buffer[:, head:].view(self._dtype).reshape(len(ids), *self._shape).transpose(0, 3, 1, 2)
+        if len(self._scratch) < len(ids) * size:
+            self._scratch = np.empty(len(ids) * size, np.uint8)
+        buffer = self._scratch[: len(ids) * size]
+        self._fetch(ids, rows, [buffer.data[place * size : (place + 1) * size] for place in places.tolist()])
+        pixels = buffer.reshape(len(ids), size)[:, head:].view(self._dtype).reshape(len(ids), *self._shape)
+        np.copyto(images, pixels.transpose(0, 3, 1, 2))
 
     def _read_encoded(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
         decode = self._decode
         assert decode is not None
-        for part, group in _neighbours(rows):
-            payloads = [bytearray(size) for _, size, *_ in group]
-            self._fill(ids[part], group, [memoryview(payload) for payload in payloads])
-            for number, place, row, payload in zip(ids[part], places[part], group, payloads, strict=True):
+        for start in range(0, len(ids), MAX_NEIGHBOURS):  # bounds the memory: an original may have megabytes
+            part = slice(start, start + MAX_NEIGHBOURS)
+            payloads = [bytearray(size) for size in rows["size"][part].tolist()]
+            self._fetch(ids[part], rows[part], [memoryview(payload) for payload in payloads])
+            for number, place, payload in zip(ids[part], places[part], payloads, strict=True):
                 try:
                     images[place] = decode(bytes(payload), self._shape).transpose(2, 0, 1)
                 except Refused as refusal:
-                    raise UserError(f"{self._name(row[2])}: sample {number:08d} {refusal}; leave it out or repair it, "
-                                    "and write the shards again") from None  # fmt: skip
+                    raise UserError(
+                        f"{self._name(self.index.samples[number]['shard'])}: sample {number:08d} {refusal}; leave it "
+                        "out or repair it, and write the shards again"
+                    ) from None
 
-    def _fill(self, ids: Ids, rows: list[Row], views: list[memoryview]) -> None:
-        """Read neighbours in one tar, the gaps between them into a scratch buffer, and check each."""
-        shard, start = rows[0][2], rows[0][0]
-        vectors, end = [], start
-        for (offset, size, *_), view in zip(rows, views, strict=True):
-            if offset > end:
-                vectors.append(self._gap[: offset - end])
-            vectors.append(view)
-            end = offset + size
-        whole = self._read_at(shard, vectors, start, end - start)
-        for number, row, view in zip(ids, rows, views, strict=True):
-            if not whole or zlib.crc32(view) != row[4]:
-                raise self._damaged(number, shard)
-
-    def _read_at(self, shard: int, vectors: list[memoryview], offset: int, size: int) -> bool:
-        """Fill the buffers from one place on; False if the file ends before."""
-        descriptor = self._open(shard)
-        try:
-            done = os.preadv(descriptor, vectors, offset)
-            while done < size:  # a call may stop early, at 2 GiB for one
-                skipped, rest = 0, []
-                for vector in vectors:
-                    rest.append(vector[max(0, min(len(vector), done - skipped)) :])
-                    skipped += len(vector)
-                if not (more := os.preadv(descriptor, [v for v in rest if len(v)], offset + done)):
-                    return False
-                done += more
-        except OSError as error:
-            raise UserError(f"{self._name(shard)}: {error.strerror}; check the disk and run again") from None
-        return True
+    def _fetch(self, ids: Ids, rows: NDArray[np.void], views: list[memoryview]) -> None:
+        """Read and check payloads, sorted by their place. One call reads a run of neighbours, with the gaps between
+        them into a scratch buffer."""
+        offsets = rows["offset"].astype(np.int64)
+        gaps = (offsets[1:] - offsets[:-1] - rows["size"][:-1]).tolist()
+        values, count, start, shard, descriptor = rows.tolist(), len(rows), 0, -1, -1
+        while start < count:
+            offset, size, own, _, _ = values[start]
+            if own != shard:
+                shard, descriptor = own, self._open(own)
+            vectors, stop = [views[start]], start + 1
+            while stop < count and values[stop][2] == shard and 0 <= (gap := gaps[stop - 1]) <= MAX_GAP_BYTES:
+                if stop - start == MAX_NEIGHBOURS:
+                    break
+                vectors += (self._gap[:gap], views[stop])
+                size += gap + values[stop][1]
+                stop += 1
+            try:
+                whole = os.preadv(descriptor, vectors, offset) == size or _read_rest(descriptor, vectors, offset)
+            except OSError as error:
+                raise UserError(f"{self._name(shard)}: {error.strerror}; check the disk and run again") from None
+            for place in range(start, stop):
+                if not whole or zlib.crc32(views[place]) != values[place][4]:
+                    raise self._damaged(ids[place], shard)
+            start = stop
 
     def _open(self, shard: int) -> int:
         descriptor = self._files.get(shard)
@@ -254,16 +252,13 @@ class MixedStore:
         return images, labels
 
 
-def _neighbours(rows: NDArray[np.void]) -> Iterator[tuple[slice, list[Row]]]:
-    """Runs of sorted rows that one call reads: in one tar, with small gaps, none twice."""
-    if not len(rows):
-        return
-    offsets, ends = rows["offset"].astype(np.int64), rows["offset"].astype(np.int64) + rows["size"]
-    gaps = offsets[1:] - ends[:-1]
-    apart = (rows["shard"][1:] != rows["shard"][:-1]) | (gaps < 0) | (gaps > MAX_GAP_BYTES)
-    starts = [0, *(np.flatnonzero(apart) + 1).tolist()]
-    values = rows.tolist()
-    for start, stop in pairwise([*starts, len(rows)]):
-        for first in range(start, stop, MAX_NEIGHBOURS):
-            last = min(first + MAX_NEIGHBOURS, stop)
-            yield slice(first, last), values[first:last]
+def _read_rest(descriptor: int, vectors: list[memoryview], offset: int) -> bool:
+    """What a call left out that stopped early, at 2 GiB for one; False if the file ends before."""
+    for vector in vectors:
+        done = 0
+        while done < len(vector):
+            if not (more := os.preadv(descriptor, [vector[done:]], offset + done)):
+                return False
+            done += more
+        offset += len(vector)
+    return True

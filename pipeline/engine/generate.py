@@ -22,6 +22,7 @@ from pipeline.runtime.topology import Topology
 GRID_ROWS = 8
 GRID_COLUMNS = 10
 TRIPTYCH_COLUMNS = 4
+TRIPTYCH_GAP_PX = 12
 
 
 class ImageSampler:
@@ -85,7 +86,9 @@ class ImageSampler:
     def picture(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The images of seeds 0..n-1, (n, c, h, w), as one (H, W, 3); those with a context between it and the
         original."""
-        return make_grid(images if self.contexts is None else self.contexts.triptychs(images), self.columns)
+        if self.contexts is None:
+            return make_grid(images, self.columns)
+        return make_grid(self.contexts.triptychs(images), self.columns, gap=TRIPTYCH_GAP_PX)
 
 
 def generate_blocks(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.engine.features import build_efficientnet_lite0, find_weights, load_weights
+from pipeline.engine.lite0 import build_efficientnet_lite0, find_weights, load_weights
 
 # Places in the network after the last block of each resolution: 1/2, 1/4, 1/8, 1/16, 1/32.
 TAPS = (2, 4, 6, 12, 17)

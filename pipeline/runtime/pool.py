@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +16,6 @@ from pipeline.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_PR_SET_PDEATHSIG = 1
 
 
 def run_tasks(
@@ -25,8 +23,9 @@ def run_tasks(
 ) -> Iterator[Result]:
     """The results as they come, in no order that a caller may rely on.
 
-    New processes are spawned, not forked, and end with this one, however it ends. A closed iterator starts no more
-    tasks. With one process or one task all runs here.
+    New processes are forked from a clean one that has imported the main module, not from this one, whose threads they
+    would inherit; so the second call starts at once. They end with this one, however it ends. A closed iterator starts
+    no more tasks. With one process or one task all runs here.
 
     Args:
         function: of a module, so that it can be imported by name.
@@ -45,7 +44,7 @@ def run_tasks(
     rest = iter(tasks)
     waiting: set[Future[Result]] = set()
     with _one_thread_each():
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with, (os.getpid(),))
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver"), _end_with_parent)
         try:
             while True:
                 while len(waiting) < 2 * processes and (task := next(rest, None)) is not None:
@@ -64,13 +63,17 @@ def run_tasks(
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with(parent: int) -> None:
-    """In the new process: leave Ctrl-C to the parent, and end when the parent does."""
+def _end_with_parent() -> None:
+    """In the new process: leave Ctrl-C to the one that asked for it, and end when that does, however it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
         os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 @contextmanager

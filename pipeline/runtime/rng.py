@@ -45,6 +45,7 @@ class Stream(IntEnum):
     LIKELIHOOD = 28
     RESTORE = 29
     DEGRADE = 30
+    SCORES = 31
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -1,14 +1,26 @@
 """What holds for every network of ours: checkpointing, layouts, precisions, compilation, and the count of its cost."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_core import Cost, DenoisingNetwork, DiT, UNet, count_cost
+from ddpm_core import (
+    ContextConcat,
+    Cost,
+    DenoisingNetwork,
+    DiT,
+    UNet,
+    count_cost,
+    register_schedule,
+    sample_ddim,
+)
+from ddpm_core.guidance import denoiser_at
 from ddpm_core.nn.attention import HeadNorm, attend, count_heads, make_head_norms
+from ddpm_core.samplers.grid import make_grid
 from tests.networks import fill_zeros
 
 BUILDERS = {
@@ -197,3 +209,42 @@ def test_counting_changes_nothing_and_is_that_of_a_real_forward_pass(name: str) 
     assert not any(p.is_meta or p.grad is not None for p in network.parameters())
     assert count_cost(network, network.input_shape).flop_per_image == cost.flop_per_image
     assert count_cost(network.bfloat16().requires_grad_(False), network.input_shape) == cost
+
+
+@pytest.mark.parametrize("make", [
+    lambda: UNet(image_size=8, channels=1, num_classes=3, base_channels=8),
+    lambda: DiT(image_size=8, channels=1, num_classes=3, width=32, depth=1, num_heads=2),
+    lambda: ContextConcat(UNet(image_size=8, channels=1, context_channels=1, base_channels=8)),
+])  # fmt: skip
+def test_a_sampler_embeds_each_step_once_and_for_one_row(make: Callable[[], nn.Module]) -> None:
+    """Not once more in every call and for every sample of the batch; the output is the plain network's."""
+    torch.manual_seed(0)
+    network = make().eval()
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    inner = network.network if isinstance(network, ContextConcat) else network
+    rows: list[int] = []
+    inner.time_mlp.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    x = torch.randn(5, 1, 8, 8)
+    condition = {"context": torch.randn(5, 1, 8, 8)} if inner is not network else torch.arange(5) % 3
+    sampler = partial(
+        sample_ddim, schedule=register_schedule(), x_noisy=x, condition=condition, parameterization="v", num_steps=4
+    )
+    drawn = sampler(network)
+    assert rows == [1] * 4
+    rows.clear()
+    plain = sampler(lambda x_t, t, condition: network(x_t, t, condition))
+    assert rows == [5] * 4
+    torch.testing.assert_close(drawn, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(drawn, x)
+
+
+def test_a_compiled_network_stays_compiled_in_a_sampler() -> None:
+    network = UNet(image_size=8, channels=1, base_channels=8).eval()
+    compiled = torch.compile(network, backend="eager")
+    step = make_grid(register_schedule(), 4)[0]
+    assert denoiser_at(compiled, step) is compiled
+    assert denoiser_at(network, step) is not network
+    plain = nn.Identity()
+    assert denoiser_at(ContextConcat(plain), step).network is plain

@@ -61,6 +61,13 @@ def test_the_model_folder_is_complete_by_itself(finished: Path, tmp_path: Path) 
     assert (images.int() - stored.int()).abs().max() <= 1
 
 
+def test_an_exported_model_of_latents_is_complete_too(finished: Path) -> None:
+    done = run(finished, "python", "-m", "pipeline.export", "torch")
+    assert done.returncode == 0, done.stderr
+    assert load_model(finished / "export").sample(["2"], steps=2).shape == (1, 1, 16, 16)
+    assert "1 x 16 x 16" in (finished / "export/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "victim", "said"),
     [

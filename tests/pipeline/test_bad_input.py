@@ -85,30 +85,32 @@ def test_one_image_is_a_set(workspace: Path) -> None:
 def test_a_class_that_is_all_held_out_is_named(
     workspace: Path, set_shard: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = workspace / "images"
     for number in range(40):
-        path = images / f"{'single' if number == 39 else 'many'}/{number}.png"
+        path = workspace / "images" / f"{'single' if number == 39 else 'many'}/{number}.png"
         path.parent.mkdir(exist_ok=True)
-        rng = np.random.default_rng(number % 30)
+        rng = np.random.default_rng(number % 30 if number < 39 else 99)
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    set_shard(held_out_share=0.3)
-    main()
-    held_out, index = load_index(paths.HELD_OUT), load_index(paths.SHARDS)
+    for share in np.linspace(0.1, 0.9, 9).tolist():  # until chance has held it out
+        set_shard(held_out_share=share)
+        main()
+        held_out, index = load_index(paths.HELD_OUT), load_index(paths.SHARDS)
+        if 1 not in index.samples["label"]:
+            break
+        assert "warning" not in capsys.readouterr().err
     assert held_out.num_images + index.num_images == 40
-    assert held_out.classes == index.classes
-    sides = [
-        {image.tobytes() for image in ShardStore(side).read(np.arange(side.num_images))[0]}
-        for side in (held_out, index)
-    ]
-    assert not sides[0] & sides[1]
-    assert len(sides[0] | sides[1]) == 30
-    alone = 1 not in index.samples["label"]
-    warned = "class 'single' has no image to train on: all of it is held out" in capsys.readouterr().err
-    assert alone == warned
+    assert held_out.classes == index.classes == ("many", "single")
+    stores = [ShardStore(side).read(np.arange(side.num_images))[0] for side in (held_out, index)]
+    pictures = [{image.tobytes() for image in images} for images in stores]
+    assert not pictures[0] & pictures[1]
+    assert len(pictures[0] | pictures[1]) == 31
+    assert "class 'single' has no image to train on: all of it is held out" in capsys.readouterr().err
+    rows = f"0,many,{index.num_images},{held_out.num_images - 1},0\n1,single,0,1,0\n"
+    assert paths.CLASSES.read_text() == "label,name,images,held_out,refused\n" + rows
+    before = tree(paths.SHARDS)
     set_shard(held_out_share=0.9999999)
     with pytest.raises(UserError, match=r"held_out_share = .* leaves none of the 40 images"):
         main()
-    assert paths.HELD_OUT.exists()  # the set of before is left alone
+    assert tree(paths.SHARDS) == before
     set_shard(held_out_share=0.0)
     main()
     assert not paths.HELD_OUT.exists()

@@ -71,7 +71,7 @@ def test_held_out_images_are_never_trained_on() -> None:
     assert (len(train), len(held_out)) == (75, 25)
     assert sorted([*train, *held_out]) == list(range(100))
     assert not np.array_equal(split_held_out(100, 0.25, seed=4)[1], held_out)
-    seen = SubsetOrder(train, seed=0).images(0, 150)
+    seen = SubsetOrder(train, seed=0).images_at(np.arange(150))
     assert sorted(seen) == sorted([*train, *train])
     assert len(split_held_out(5, 0.1, seed=0)[1]) == 0
 

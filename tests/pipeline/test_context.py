@@ -172,8 +172,8 @@ def test_a_sampler_shows_the_network_context_and_label_and_composites(tmp_path: 
     assert torch.equal(out[known], contexts.originals(seeds)[known])
     assert set(out[~known].tolist()) == {128}
     picture = sampler.picture(out.numpy())
-    assert picture.shape == (2 * 34 + 2, 4 * (4 * 26 + 2) + 2, 3)
-    row = picture[2:34, 2:106][::4, ::4]
+    assert picture.shape == (2 * 44 + 12, 4 * (4 * 26 + 12) + 12, 3)
+    row = picture[12:44, 12:116][::4, ::4]
     assert np.array_equal(row[:, :8], to_uint8(contexts(seeds).picture)[0].permute(1, 2, 0))
     assert np.array_equal(row[:, 9:17], out[0].permute(1, 2, 0))
     assert np.array_equal(row[:, 18:], contexts.originals(seeds)[0].permute(1, 2, 0))

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def index(classes: tuple[str, ...] = ("cat", "dog")) -> SimpleNamespace:
     labels = np.arange(len(classes)) if classes else np.array([-1])
     return SimpleNamespace(folder=Path("shards"), image_size=8, channels=1, num_classes=len(classes), classes=classes,
-                           samples={"label": labels})  # fmt: skip
+                           labels=labels)  # fmt: skip
 
 
 def changed(section: str, **values: object) -> Params:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_network, build_sampler, build_schedule, build_x0, make_model_spec
-from pipeline.config import Params, SampleParams, load_params, params_from
+from pipeline.build import build_network, build_sampler, build_schedule, make_model_spec
+from pipeline.config import Params, load_params, params_from
 from pipeline.data.index import load_index
 from pipeline.data.pixels import pixels_to_x0
 from pipeline.data.store import ShardStore, read_meta
@@ -27,6 +27,7 @@ from pipeline.first_stage import (
     WEIGHTS_IN_MODEL,
     build_autoencoder,
     build_discriminator,
+    build_x0,
     load_first_stage,
     load_latents,
     load_trained,
@@ -40,9 +41,7 @@ from tests.worlds import GaussianWorld
 
 PARAMS = load_params(ROOT / "recipes/latent/params.yaml")
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"))
-IMAGES = SimpleNamespace(
-    image_size=16, channels=1, num_classes=2, classes=("cat", "dog"), samples={"label": np.array([0, 1])}
-)
+IMAGES = SimpleNamespace(image_size=16, channels=1, num_classes=2, classes=("cat", "dog"), labels=np.array([0, 1]))
 
 
 def changed(section: str, **values: object) -> Params:
@@ -62,7 +61,7 @@ def make_first_stage(folder: Path, *, seed: int = 0) -> dict:
 
 def make_spec(first_stage: dict) -> dict:
     latents = SimpleNamespace(**{**vars(IMAGES), "image_size": 4, "channels": 8})
-    return make_model_spec(changed("model", base_channels=8), latents, first_stage)
+    return make_model_spec(changed("model", base_channels=8), latents, first_stage=first_stage)
 
 
 def test_a_latent_is_keyed_by_its_place_and_has_the_moments_it_was_stored_with() -> None:
@@ -237,8 +236,7 @@ def test_a_loaded_latent_model_draws_what_the_stage_would(tmp_path: Path) -> Non
     torch.nn.init.normal_(network.conv_out.weight, std=0.1)
     save_model(tmp_path / "model", network, spec, {}, files={WEIGHTS_IN_MODEL: tmp_path / "one" / WEIGHTS})
     model = load_model(tmp_path / "model")
-    params = SampleParams(seed=0, num_samples=2, sampler="ddim", steps=3, spacing="trailing", eta=0.0, guidance=1.0,
-                          dynamic_threshold=None)  # fmt: skip
+    params = changed("sample", sampler="ddim", steps=3).sample
     loaded = load_first_stage(spec, tmp_path / "one" / WEIGHTS, "cpu")
     draw = build_sampler(params, spec, network.eval(), build_schedule(spec), first_stage=loaded)
     assert torch.equal(model.sample(["cat", "dog"], steps=3), draw(torch.arange(2)))

@@ -2,8 +2,10 @@
 
 import hashlib
 import pickle
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,11 +67,30 @@ def test_a_later_start_and_other_shares_give_the_same_images(index: ShardIndex) 
     assert [n for step in zip(*parts, strict=True) for n in numbers(list(step))] == numbers(whole)
 
 
+def kept(batch: Batch) -> Batch:
+    """A copy: a worker writes over a batch after the next but one."""
+    return Batch(batch.images.clone(), batch.labels.clone(), batch.positions.clone())
+
+
 @pytest.mark.slow
-def test_workers_change_nothing(index: ShardIndex) -> None:
-    seen = batches(index, range(3, 9), workers=2)
-    assert numbers(seen) == numbers(batches(index, range(3, 9)))
-    assert seen[0].images.is_shared()  # written where the training process reads it
+def test_workers_change_nothing_and_leave_the_batch_in_use_alone(index: ShardIndex) -> None:
+    form = {"batch_size": 8, "steps": range(3, 23), "share": slice(0, 8)}
+    seen, before = [], None
+    for batch in iterate_batches([index], RandomOrder(53, seed=1), **form, workers=2):
+        copies = [(one, kept(one)) for one in (before, batch) if one is not None]
+        time.sleep(0.05)  # the workers go as far ahead as they are let
+        for one, copy in copies:
+            assert torch.equal(one.images, copy.images)
+        seen.append(copies[-1][1])
+        before = batch
+    assert batch.images.is_shared()
+    assert numbers(seen) == numbers(batches(index, range(3, 23)))
+
+
+def test_too_little_shared_memory_is_told_before_it_kills(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2000))
+    with pytest.raises(UserError, match=r"need 0 MiB of shared memory, but /dev/shm has 0 free.*PIPELINE_WORKERS"):
+        batches(index, range(2), workers=2)
 
 
 def test_mixed_sets_are_read_as_one(indexes: tuple[ShardIndex, ShardIndex]) -> None:
@@ -97,10 +118,14 @@ def order_of(kind: str, indexes: Sequence[ShardIndex]) -> tuple[Sequence[ShardIn
             return indexes, MixedWindowedOrder(sizes, [2.0, 1.0], 1, **WINDOWS)
 
 
-def digest(batches: Iterator[tuple[torch.Tensor, ...]]) -> str:
+def read(data: _Steps, step: int) -> Batch:
+    return data.read(step, torch.empty(data.num_bytes, dtype=torch.uint8))
+
+
+def digest(batches: Iterable[Batch]) -> str:
     """One hash of images, labels and positions in the order they come."""
     total = hashlib.sha256()
-    parts = [[part.numpy() for part in batch] for batch in batches]
+    parts = [(batch.images.numpy(), batch.labels.numpy(), batch.positions.numpy()) for batch in batches]
     for column in zip(*parts, strict=True):
         total.update(np.concatenate(column).tobytes())
     return total.hexdigest()
@@ -124,18 +149,18 @@ def test_any_world_and_workers_and_three_changes_give_one_global_order(
         monkeypatch.setattr("pipeline.data.order.TABLE_IMAGES", 10)
     sets, order = order_of(kind, indexes)
     whole = _Steps(sets, order, BATCH, slice(0, BATCH))
-    expected = digest(whole[step] for step in range(STEPS))
+    expected = digest(read(whole, step) for step in range(STEPS))
     found = set()
     for world in range(1, 13):
         for workers in range(4):
-            seen: list[tuple[torch.Tensor, ...]] = []
+            seen: list[Batch] = []
             for place, start in enumerate(CHANGES):
                 ranks = parts_of((world + 5 * place - 1) % 12 + 1)
                 copies = [pickle.dumps(_Steps(sets, order, BATCH, share)) for share in ranks]
                 processes = [[pickle.loads(copy) for _ in range(workers or 1)] for copy in copies]
                 for step in range(start, (*CHANGES, STEPS)[place + 1]):
-                    seen += [own[step % len(own)][step] for own in processes]
-            found.add(digest(iter(seen)))
+                    seen += [read(own[step % len(own)], step) for own in processes]
+            found.add(digest(seen))
     assert found == {expected}
 
 
@@ -147,14 +172,14 @@ def test_real_workers_and_three_changes_of_world_give_the_same_order(
 ) -> None:
     sets, order = order_of("mixed windowed", indexes)
     whole = _Steps(sets, order, BATCH, slice(0, BATCH))
-    expected = digest(whole[step] for step in range(STEPS))
+    expected = digest(read(whole, step) for step in range(STEPS))
     seen = []
     for place, (start, world) in enumerate(zip(CHANGES, (2, 1, 2, 1), strict=True)):
         steps = range(start, (*CHANGES, STEPS)[place + 1])
         ranks = [iterate_batches(sets, order, batch_size=BATCH, steps=steps, share=share, workers=workers)
                  for share in parts_of(world)]  # fmt: skip
-        seen += [(b.images, b.labels, b.positions) for batch in zip(*ranks, strict=True) for b in batch]
-    assert digest(iter(seen)) == expected
+        seen += [kept(batch) for batches in zip(*ranks, strict=True) for batch in batches]
+    assert digest(seen) == expected
 
 
 def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
@@ -181,3 +206,16 @@ def test_a_read_that_stops_early_is_gone_on_with(index: ShardIndex, monkeypatch:
     monkeypatch.setattr(store_module.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:100]], at))
     images, _ = store_module.ShardStore(index).read(np.array([3, 0, 3, 1]))
     assert images[:, 0, 0, 0].tolist() == [3, 0, 3, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_moments_come_as_the_floats_they_are(tmp_path: Path, workers: int) -> None:
+    moments = np.random.default_rng(0).normal(size=(6, 4, 4, 2)).astype(np.float32)
+    samples = [Sample(one, number) for number, one in enumerate(moments)]
+    form = {"image_size": 4, "channels": 2, "encoding": "moments", "classes": tuple("abcdef"), "shard_images": 4}
+    index = write_shards(tmp_path / "latents", samples, **form)
+    (batch,) = iterate_batches(
+        [index], RandomOrder(6, 0), batch_size=6, steps=range(1), share=slice(0, 6), workers=workers
+    )
+    assert batch.images.dtype == torch.float32
+    assert np.array_equal(batch.images.numpy(), moments.transpose(0, 3, 1, 2)[batch.labels.numpy()])

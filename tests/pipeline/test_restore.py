@@ -148,6 +148,9 @@ def test_a_model_that_always_saw_its_class_is_not_asked_without_one(place, monke
     network = {**spec["network"], "context_channels": 1}
     with pytest.raises(UserError, match="model needs context channels"):
         restore.check_model(SimpleNamespace(spec={"network": network}), SimpleNamespace(model="model"))
+    latent = SimpleNamespace(spec={"network": spec["network"]}, first_stage=SimpleNamespace())
+    with pytest.raises(UserError, match="model is a model of latents"):
+        restore.check_model(latent, SimpleNamespace(model="model"))
 
 
 def test_each_task_is_its_operator() -> None:

@@ -78,8 +78,9 @@ def test_one_two_and_three_processes_write_the_same_bytes(
     assert "shards/held_out/index.json" in results[0]
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_is_used_and_changes_nothing(project: Path) -> None:
-    write(project / "images", *range(240, 1500), side=300)
+    write(project / "images", *range(240, 1500), side=200)
     process = start(project, PIPELINE_SHARD_PROCESSES="2")
     deadline = time.monotonic() + 60
     while len(list(project.glob(".state/shard/*/results/*.npz"))) < 3:
