@@ -4,7 +4,7 @@ BIN := .venv/bin
 # DVC starts the stages as `python -m pipeline.STAGE`: that python must be this one.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help repro test eval ui doctor bench lint clean
+.PHONY: help repro test coverage eval ui doctor bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,6 +21,10 @@ repro: .venv/.ready ## from images to a trained model, its samples and its score
 
 test: .venv/.ready ## run the tests
 	$(BIN)/python -m pytest
+
+coverage: .venv/.ready ## every branch of the mathematics is taken by a test
+	COVERAGE_FILE=.venv/.coverage $(BIN)/python -m pytest -q -n 2 tests/core ddpm_core \
+		--cov=ddpm_core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 eval: .venv/.ready ## score the newest model again, with what params.yaml asks for now
 	$(BIN)/dvc repro evaluate

@@ -43,8 +43,8 @@ class LocalSource:
         self._folder = Path(folder).absolute()
 
     def local_path(self, shard: Shard) -> Path:
-        """The tar's place in the folder."""
-        return self._folder / shard.name
+        """The tar's place in the folder, or the path that the index gives for one made by others."""
+        return Path(shard.url) if shard.url else self._folder / shard.name
 
 
 class ShardStore:

@@ -242,6 +242,27 @@ def test_the_ancestral_mean_is_shifted_by_scale_times_variance_times_gradient(
         x = after
 
 
+def test_with_a_learned_variance_the_shift_is_by_the_variance_that_is_drawn_with() -> None:
+    schedule = register_schedule(beta_schedule="cosine", timesteps=7).double()
+    v = 0.3
+    network = lambda x_t, t, condition: torch.cat((torch.sin(3 * x_t), torch.full_like(x_t, v)), dim=1)  # noqa: E731
+    weights = torch.tensor([[0.5, -1.0], [2.0, 0.3]], dtype=torch.float64)
+    guided = ClassifierGuidance(network, lambda x, t: x @ weights.T, 2.5, schedule, "v")
+    noise, labels, seen = noise_source((4, 2)), torch.tensor([0, 1, 1, 0]), []
+    sample_ddpm(guided, schedule, noise(0), noise, condition=labels, parameterization="v", learned_variance=True,
+                clip_denoised=False, callback=lambda k, x, x0: seen.append(x))  # fmt: skip
+    x = noise(0)
+    for k, after in enumerate(seen, start=1):
+        t = torch.full((4,), 7 - k)
+        mean, beta_tilde, _ = q_posterior(schedule, to_x0(schedule, "v", torch.sin(3 * x), x, t), x, t)
+        share = (v + 1) / 2
+        variance = at(schedule.betas, t, x) ** share * beta_tilde ** (1 - share)  # 0 at the end of the chain
+        gradient = weights[labels] - functional.softmax(x @ weights.T, dim=1) @ weights
+        expected = mean + 2.5 * variance * gradient + (variance.sqrt() * noise(k) if k < 7 else 0)
+        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)  # tables were float32
+        x = after
+
+
 def test_the_classifier_is_not_asked_where_it_has_nothing_to_say() -> None:
     def classifier(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         raise AssertionError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddpm_core.likelihood import model_log_variance, vlb_term
-from ddpm_core.losses import LOSS_TYPES, get_loss, min_snr_weights, p_losses, weighted_loss
+from ddpm_core.losses import LOSS_TYPES, classifier_loss, get_loss, min_snr_weights, p_losses, weighted_loss
 from ddpm_core.noising import q_sample
 from ddpm_core.schedules import NoiseSchedule, register_schedule
 from ddpm_core.targets import to_x0
@@ -169,3 +169,15 @@ def test_a_learned_variance_excludes_the_bound_of_the_fixed_one() -> None:
                  original_elbo_weight=0.5)  # fmt: skip
     with pytest.raises(ValueError, match=r"expected \(2, 2, 4\)"):
         p_losses(lambda x, t, c: x, register_schedule(), x0, t, x0, learned_variance=True)
+
+
+def test_the_classifiers_loss_is_the_cross_entropy_at_the_noised_image() -> None:
+    schedule, generator = register_schedule(), torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, generator=generator).unbind()
+    t, labels = torch.tensor([0, 500, 999]), torch.tensor([1, 0, 3])
+    parts = classifier_loss(lambda x_t, t: x_t, schedule, x0, t, noise, labels)
+    logits = q_sample(schedule, x0, t, noise)
+    expected = logits.logsumexp(1) - logits[torch.arange(3), labels]
+    torch.testing.assert_close(parts.loss, expected)
+    assert torch.equal(parts.loss_simple, parts.loss)
+    assert not parts.loss_vlb.any()
