@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import shutil
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,12 +157,18 @@ def _fill_in_workers(data: _Steps, steps: Iterable[int], workers: int) -> Iterat
         multiprocessing_context="spawn",  # a fork would copy locks held by other threads
         worker_init_fn=_outlive_signals,
     )
+    numbers: Any = iter(loader)
+    # At the interpreter's end, too: multiprocessing would send SIGTERM, which they outlive, and wait for ever.
+    atexit.register(numbers._shutdown_workers)
     try:
-        for number in loader:
+        for number in numbers:
             yield data.ring[number]
     except UserError as error:  # from a worker it comes wrapped in that worker's traceback
         kind = f"{type(error).__module__}.{type(error).__name__}: "
         raise UserError(str(error).strip().splitlines()[-1].removeprefix(kind)) from None
+    finally:
+        numbers._shutdown_workers()
+        atexit.unregister(numbers._shutdown_workers)
 
 
 def _prefetch(caches: Sequence[CachedSource | None], indexes: Sequence[ShardIndex], numbers: list[int]) -> None:

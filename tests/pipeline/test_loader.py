@@ -18,6 +18,8 @@ from pipeline.data.mixing import BalancedOrder, MixedOrder, MixedWindowedOrder
 from pipeline.data.order import Order, RandomOrder, WindowedOrder
 from pipeline.data.writer import Sample, write_shards
 from pipeline.errors import UserError
+from pipeline.lineage import ROOT
+from tests.projects import run
 
 BATCH = 24
 WINDOWS = {"batch_size": BATCH, "num_lanes": 5, "window_images": 7}
@@ -219,3 +221,24 @@ def test_moments_come_as_the_floats_they_are(tmp_path: Path, workers: int) -> No
     )
     assert batch.images.dtype == torch.float32
     assert np.array_equal(batch.images.numpy(), moments.transpose(0, 3, 1, 2)[batch.labels.numpy()])
+
+
+def test_a_process_that_ends_in_the_midst_of_its_batches_ends(tmp_path: Path) -> None:
+    """The workers outlive SIGTERM, by which multiprocessing would end them: they must be told before."""
+    image = np.zeros((4, 4, 1), np.uint8)
+    form = {"image_size": 4, "channels": 1, "encoding": "raw", "classes": (), "shard_images": 4}
+    write_shards(tmp_path / "shards", [Sample(image)] * 4, **form)
+    program = (
+        "import sys\n"
+        "from pipeline.data.index import load_index\n"
+        "from pipeline.data.loader import iterate_batches\n"
+        "from pipeline.data.order import RandomOrder\n"
+        "if __name__ == '__main__':\n"
+        "    batches = iterate_batches([load_index(sys.argv[1])], RandomOrder(4, 0), batch_size=2, steps=range(99),\n"
+        "                              share=slice(0, 2), workers=2)\n"
+        "    next(batches)\n"
+        "    sys.exit(3)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    done = run(ROOT, "python", str(tmp_path / "program.py"), str(tmp_path / "shards"), timeout=60, PYTHONPATH=str(ROOT))
+    assert done.returncode == 3, done.stderr
