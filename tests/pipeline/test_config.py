@@ -69,3 +69,26 @@ def test_zero_terminal_snr_is_not_for_eps(tmp_path: Path, parameterization: str)
         return
     with pytest.raises(UserError, match=r"zero_terminal_snr is true, so model\.parameterization must be v or x0"):
         load_params(path)
+
+
+def test_classes_are_balanced_in_random_order_only(tmp_path: Path) -> None:
+    text = SHIPPED.read_text().replace("class_balanced: false", "class_balanced: true")
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    assert load_params(path).order.class_balanced
+    path.write_text(text.replace("kind: random ", "kind: windowed "))
+    with pytest.raises(UserError, match="order: class_balanced is true, but kind is windowed"):
+        load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [("[]", "at least 1"), ("[{shards: a, weight: 0.0}]", "greater than 0"), ("[{shards: a}]", "missing")],
+)
+def test_a_mix_names_sets_and_weights(tmp_path: Path, mix: str, message: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(SHIPPED.read_text().replace("mix: null ", "mix: [{shards: a, weight: 2.0}] "))
+    assert load_params(path).order.mix[0].weight == 2.0
+    path.write_text(SHIPPED.read_text().replace("mix: null ", f"mix: {mix} "))
+    with pytest.raises(UserError, match=f"order.mix: .*{message}"):
+        load_params(path)
