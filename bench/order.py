@@ -10,10 +10,9 @@ the slowest of 1,000, after the set-up; `order_10m_start`: from nothing to the f
 batches of 8 images a rank. For each of 32 ranks at random the shards that hold any of its images of one epoch are
 counted, at every 64th step and at the first and last 64. Their bytes are divided by the fair share, the bytes of all
 shards over 4,096; the row is the largest of the 32. A rank that fetches whole shards, each once, moves that much;
-shards that it shares with its neighbour on the same node are counted for both. The sizes of the shards vary by a
-tenth.
-`order_1b_memory`: what the table of those shards and the order take in one process, times 24 for a node of 8 ranks
-with 2 loader processes each; the samples' table itself is mapped and shared.
+shards that it shares with its neighbour on the same node are counted for both. The sizes of the shards vary by a tenth.
+`order_1b_memory`: what the table of those shards and the order take in one process, times 24 for a node of 8 ranks with
+2 loader processes each; the samples' table itself is mapped and shared.
 """
 
 from __future__ import annotations

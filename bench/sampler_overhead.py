@@ -4,10 +4,9 @@
 included, against diffusers' `DDIMScheduler` doing the same (`set_timesteps`, then `step`; eps, x0 clipped, eta 0, its
 defaults). Ours must take at most a third. `ddpm_overhead`: the same for ancestral sampling with `torch.randn` for
 noise, against one bare `torch.randn` of that shape: at most 1.4 times as long. `cfg_cost`: one call of a U-Net (32 base
-channels, multipliers 1, 2, 2) on the batch under classifier-free guidance, which evaluates it for twice the images,
-against one plain call: at most 2.05 times as long. That row hangs on the C library's allocator: with
-MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised to 1 and 2 GiB a guided call took 1.9 plain ones here, without
-them 2.0 to 2.2, so the pages of the larger activations seem to be given back to the system and fetched again.
+channels, multipliers 1, 2, 2) on the batch under classifier-free guidance, which on a CPU calls it twice, against one
+plain call: at most 2.05 times as long. As one call of twice the batch, which is right for a GPU, it hung on the C
+library's allocator here and took 2.0 to 2.2: the larger activations' pages went back to the system between calls.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ def measure_guidance() -> Row:
     """A guided call against a plain one."""
     network = UNet(image_size=SHAPE[-1], channels=SHAPE[1], num_classes=10, base_channels=32,
                    channel_multipliers=(1, 2, 2), num_blocks=1, attention_resolutions=(8,)).eval()  # fmt: skip
-    guided = ClassifierFreeGuidance(network, 3.0, null_label=10)
+    guided = ClassifierFreeGuidance(network, 3.0, null=10)
     x_t, t, labels = torch.randn(SHAPE), torch.full((SHAPE[0],), 500), torch.arange(SHAPE[0]) % 10
     seconds = take_turns(
         {

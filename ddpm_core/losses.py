@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ddpm_core.conditioning import Condition
+from ddpm_core.dictionaries import take_auxiliary_loss
 from ddpm_core.guidance import Denoiser
 from ddpm_core.likelihood import model_log_variance, vlb_term
 from ddpm_core.noising import q_sample
@@ -146,6 +148,10 @@ def p_losses(
     in nats per dimension, `loss_vlb`, which teaches the variance alone (its mean is detached). The authors' code counts
     that term in bits, so its weight is 1.44 times ours.
 
+    An auxiliary loss that the network's modules leave (`QuantizedEmbedding` does) is added to `loss`, image by image,
+    so that micro-batches and DDP treat it as they do the rest; for that the denoiser must be a module, which a wrapper
+    by DDP or torch.compile is.
+
     **Source**: Ho et al. 2020, algorithm 1 (simple) and equation 12 (VLB); Nichol and Dhariwal 2021, equation 16.
 
     Args:
@@ -170,6 +176,7 @@ def p_losses(
     """
     x_t = q_sample(schedule, x0, t, noise)
     prediction = denoiser(x_t, t, condition).float()
+    auxiliary = take_auxiliary_loss(denoiser) if isinstance(denoiser, nn.Module) else None
     if learned_variance:
         if original_elbo_weight != 0:
             raise ValueError(f"original_elbo_weight is {original_elbo_weight}, expected 0 with a learned variance")
@@ -184,8 +191,37 @@ def p_losses(
         original_elbo_weight=original_elbo_weight,
         min_snr_gamma=min_snr_gamma,
     )
+    if auxiliary is not None:
+        parts = replace(parts, loss=parts.loss + auxiliary)
     if not learned_variance:
         return parts
     x0_predicted = to_x0(schedule, parameterization, prediction.detach(), x_t, t)
     loss_vlb = vlb_term(schedule, x0, x0_predicted, model_log_variance(schedule, v, t), t)
     return DiffusionLoss(parts.loss + schedule.num_timesteps / 1000 * loss_vlb, parts.loss_simple, loss_vlb)
+
+
+def classifier_loss(
+    classifier: Callable[[Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    labels: Tensor,
+) -> DiffusionLoss:
+    """Cross-entropy of a classifier that sees x_t and t: what trains the one of classifier guidance.
+
+    **Source**: Dhariwal and Nichol 2021, section 4: the noise is that of the diffusion model's training.
+
+    Args:
+        classifier: (x_t, t) -> (b, classes) logits.
+        schedule: the diffusion model's.
+        x0, noise: (b, ...).
+        t: (b,) int64 in [0, T).
+        labels: (b,) int64.
+
+    Returns:
+        the loss in nats, which is its own `loss_simple`; `loss_vlb` is 0.
+    """
+    logits = classifier(q_sample(schedule, x0, t, noise), t)
+    loss = functional.cross_entropy(logits.float(), labels, reduction="none")
+    return DiffusionLoss(loss, loss, torch.zeros_like(loss))

@@ -6,7 +6,7 @@ Read with ruamel in its safe YAML 1.2 mode, as DVC does: PyYAML takes `1e-4` for
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -36,26 +36,33 @@ class DataParams(Section):
 
 
 class FetchParams(Section):
-    source: Literal["digits", "idx"]
+    source: Literal["digits", "idx", "photo_tiles", "auto"]
     idx_dir: str | None
+    max_images: Positive | None = None
 
     @model_validator(mode="after")
     def _idx_needs_a_folder(self) -> FetchParams:
-        if self.source == "idx" and self.idx_dir is None:
-            raise ValueError("source is idx, so idx_dir must name the folder with the *-ubyte files")
+        if self.source in ("idx", "auto") and self.idx_dir is None:
+            raise ValueError(f"source is {self.source}, so idx_dir must name the folder with the *-ubyte files")
         return self
 
 
 class ShardParams(Section):
     image_size: Annotated[int, Field(ge=4, le=4096)] | Literal["auto"]
     channels: Literal[1, 3, "auto"]
-    encoding: Literal["raw", "png", "auto"]
+    resize_filter: Literal["bicubic", "lanczos", "bilinear", "box"]
+    crop: Literal["center", "none"]
+    encoding: Literal["raw", "png", "jpeg", "original", "auto"]
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)]
     shard_images: Positive
     max_broken_share: Share
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=8)] | None
+    held_out_share: Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class ReferenceParams(Section):
-    extractor: Literal["efficientnet_lite0"]
+    extractor: Literal["efficientnet_lite0", "inception", "inception_clean"]
+    inception_weights: str | None
     floor_images: Annotated[int, Field(ge=2)] | Literal["auto"]
 
 
@@ -79,15 +86,25 @@ class ScheduleParams(Section):
 
 
 class ModelParams(Section):
+    network: Literal["unet", "dit"]
     parameterization: Literal["eps", "x0", "v"]
+    learned_variance: bool
     base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
     channel_multipliers: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"]
     num_blocks: Positive
     attention_resolutions: list[Positive]
+    patch_size: Positive
+    depth: Positive
+    num_heads: Positive | Literal["auto"]
+    qk_norm: bool
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    context: Literal["none", "inpaint", "super_resolution", "colour"]
+    context_factor: Annotated[int, Field(ge=2)]
 
 
-class TrainParams(Section):
+class OptimizerParams(Section):
+    """What every training needs."""
+
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     total_images: Positive
     batch_size: Positive
@@ -97,6 +114,10 @@ class TrainParams(Section):
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Annotated[float, Field(gt=0.0)]
     ema_half_life_images: Positive
+
+
+class TrainParams(OptimizerParams):
+    guide_images: Positive | None
     label_dropout: Share
     horizontal_flip: bool
     loss_type: Literal["l1", "l2", "huber"]
@@ -114,6 +135,28 @@ class TrainParams(Section):
         if self.l_simple_weight == 0.0 and self.original_elbo_weight == 0.0:
             raise ValueError("l_simple_weight and original_elbo_weight are both 0, so there is nothing to minimise")
         return self
+
+    @model_validator(mode="after")
+    def _guide_is_reached(self) -> TrainParams:
+        if self.guide_images is not None and self.guide_images > self.total_images:
+            raise ValueError(f"guide_images is {self.guide_images}, more than the {self.total_images} of total_images")
+        return self
+
+
+class ClassifierParams(OptimizerParams):
+    """Of the recipes with classifier guidance."""
+
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)]
+    horizontal_flip: bool
+    precision: Literal["float32", "bfloat16", "auto"]
+    log_every_images: Positive
+    checkpoint_every_images: Positive
+    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channel_multipliers: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"]
+    num_blocks: Positive
+    attention_resolutions: list[Positive]
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    pooling: Literal["attention", "mean"]
 
 
 class MixedSet(Section):
@@ -145,18 +188,67 @@ class SampleParams(Section):
     num_samples: Annotated[int, Field(ge=2)]
     sampler: Literal["ddim", "ddpm", "dpm_solver", "heun"]
     steps: Positive
-    spacing: Literal["trailing", "leading", "linspace", "quad"]
+    spacing: Literal["trailing", "leading", "linspace", "quad", "logsnr"]
     eta: Share
     guidance: float
+    guidance_interval: Annotated[list[Annotated[float, Field(ge=0.0)]], Field(min_length=2, max_length=2)] | None
+    autoguidance: float
+    classifier_scale: float
     dynamic_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None
+
+    @model_validator(mode="after")
+    def _guidance_is_one(self) -> SampleParams:
+        if self.autoguidance != 1 and self.guidance not in (0, 1):
+            raise ValueError("autoguidance and guidance are both on: set guidance to 1, or to 0, or autoguidance to 1")
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}, expected two rising noise levels")
+        return self
 
 
 class EvaluateParams(Section):
     real_images: Annotated[int, Field(ge=10)]
 
 
+class AutoencoderParams(OptimizerParams):
+    """The first stage of latent diffusion; None in params.yaml of a pipeline on pixels."""
+
+    factor: Literal[2, 4, 8]
+    latent_channels: Positive
+    base_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channel_multipliers: Annotated[list[Positive], Field(min_length=2)] | Literal["auto"]
+    num_blocks: Positive
+    horizontal_flip: bool
+    loss_type: Literal["l1", "l2", "huber"]
+    kl_weight: Annotated[float, Field(ge=0.0)]
+    perceptual_weight: Annotated[float, Field(ge=0.0)]
+    adversarial_weight: Annotated[float, Field(ge=0.0)]
+    adversarial_start_images: Annotated[int, Field(ge=0)]
+    discriminator_channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    discriminator_layers: Positive
+    precision: Literal["float32", "bfloat16", "auto"]
+    log_every_images: Positive
+    checkpoint_every_images: Positive
+    preview_every_images: Positive
+
+    @model_validator(mode="after")
+    def _a_multiplier_a_resolution(self) -> AutoencoderParams:
+        levels = self.factor.bit_length()
+        if self.channel_multipliers != "auto" and len(self.channel_multipliers) != levels:
+            raise ValueError(f"channel_multipliers has not the {levels} entries that factor {self.factor} needs")
+        return self
+
+
+class EncodeParams(Section):
+    shard_images: Positive
+
+
+class LikelihoodParams(Section):
+    images: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class Params(Section):
-    """The whole of params.yaml."""
+    """The whole of params.yaml. With `autoencoder` and `encode` the diffusion model works on latents."""
 
     data: DataParams
     fetch: FetchParams
@@ -168,6 +260,27 @@ class Params(Section):
     order: OrderParams
     sample: SampleParams
     evaluate: EvaluateParams
+    likelihood: LikelihoodParams
+    classifier: ClassifierParams | None = None
+    autoencoder: AutoencoderParams | None = None
+    encode: EncodeParams | None = None
+
+    @model_validator(mode="after")
+    def _latents_fit_the_rest(self) -> Params:
+        if (self.autoencoder is None) != (self.encode is None):
+            raise ValueError("autoencoder and encode belong together: give both sections for latents, none for pixels")
+        if self.encode is not None and self.train.horizontal_flip:
+            raise ValueError("train.horizontal_flip is true, but a mirrored latent is no latent of the mirrored image: "
+                             "use autoencoder.horizontal_flip")  # fmt: skip
+        if self.encode is not None and self.sample.dynamic_threshold is not None:
+            raise ValueError("sample.dynamic_threshold is for pixels: latents have no [-1, 1] to return to; set null")
+        if self.encode is not None and self.order.mix:
+            raise ValueError("order.mix names shards of pixels, and the latents are one set: use null")
+        if self.encode is not None and self.model.context != "none":
+            raise ValueError(
+                f"model.context is {self.model.context}, which is made of pixels, not of latents: use none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _eps_needs_signal(self) -> Params:
@@ -175,6 +288,15 @@ class Params(Section):
             raise ValueError(
                 "schedule.zero_terminal_snr is true, so model.parameterization must be v or x0: at the last step eps "
                 "says nothing of the image"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_bound_for_one_variance(self) -> Params:
+        if self.model.learned_variance and self.train.original_elbo_weight != 0.0:
+            raise ValueError(
+                f"train.original_elbo_weight is {self.train.original_elbo_weight}, the weight of a fixed variance's "
+                "bound, so it must be 0 where model.learned_variance is true"
             )
         return self
 
@@ -240,6 +362,6 @@ def _plain(item: Any) -> str:
 
 def _known_keys(section: str) -> str:
     annotation = Params.model_fields[section].annotation
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, Section)
-    return ", ".join(annotation.model_fields)
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]  # or one that may be None
+    (section_type,) = [kind for kind in kinds if issubclass(kind, Section)]
+    return ", ".join(section_type.model_fields)

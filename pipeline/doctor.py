@@ -133,7 +133,7 @@ def tracking_finding() -> Finding:
 
 def weights_finding() -> Finding:
     """The feature network's weights."""
-    from pipeline.engine.features import find_weights, load_weights
+    from pipeline.engine.lite0 import find_weights, load_weights
 
     try:
         load_weights(find_weights())

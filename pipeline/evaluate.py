@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,8 +13,10 @@ from pipeline.data.index import ShardIndex, load_index
 from pipeline.engine.features import load_extractor
 from pipeline.engine.score import (
     class_accuracy,
+    context_psnr,
     halves,
-    load_moments,
+    load_reconstruction_scores,
+    load_reference,
     mean_distance,
     memorised_share,
     read_vectors,
@@ -43,6 +43,7 @@ def main() -> None:
     reference, moments = load_reference(paths.REFERENCE, real)
     size = reference["floor_images"]
     parts = {f"part_{i}": np.arange(i * size, (i + 1) * size) for i in range(2) if (i + 1) * size <= samples.num_images}
+    model = load_json(paths.MODEL / "model.json")
     with start_topology(machine) as topology:
         extractor = load_extractor(reference["extractor"], topology.device)
         if extractor.protocol != reference["protocol"]:
@@ -55,6 +56,7 @@ def main() -> None:
     scores = {
         **distances(reference["extractor"], moments, generated, list(parts)),
         **pixel_scores(real, samples, params.real_images),
+        **(context_psnr(real, samples) if "context" in model else {}),
         "num_samples": samples.num_images,
         "num_reference": real.num_images,
         "floor_images": size,
@@ -63,35 +65,23 @@ def main() -> None:
     }
     with whole_folder(paths.EVALUATION) as aside:
         save_moments(aside / "all.safetensors", generated["all"])
-    model = load_json(paths.MODEL / "model.json")["lineage"]
-    save_json(paths.EVALUATE_METRICS, {**scores, "train_key": model["train_key"]})
+    lineage = model["lineage"]
+    if "first_stage" in model:
+        scores |= load_reconstruction_scores(paths.ENCODE_METRICS, extractor.protocol)
+    save_json(paths.EVALUATE_METRICS, {**scores, "train_key": lineage["train_key"]})
     # Under names of their own: the run's git_commit is that of the training, and this may be a later one.
     tags = {f"eval.{name}": value for name, value in provenance().items()}
     with open_tracker(
-        machine.state, model["train_key"], run_name="evaluate", tags=tags, enabled=machine.tracking
+        machine.state, lineage["train_key"], run_name="evaluate", tags=tags, enabled=machine.tracking
     ) as tracker:
         tracker.set_tags({f"eval.{name}": str(scores[name]) for name in ("protocol", "num_reference", "floor_images")})
         numbers = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float) or k == "num_samples"}
-        tracker.log_metrics(numbers, int(model["images_seen"]), replace=True)
+        tracker.log_metrics(numbers, int(lineage["images_seen"]), replace=True)
         tracker.log_artifact(paths.EVALUATE_METRICS, "metrics")
+        name = f"fd_{reference['extractor']}"
+        tracker.register_model(paths.MODEL, score_name=name, score=scores[name], protocol=scores["protocol"])
     shown = ", ".join(f"{k} {_short(v)}" for k, v in scores.items() if not isinstance(v, str))
     log.info("evaluate: %s; peak memory %.2f GiB a process", shown, peak_memory_gib())
-
-
-def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict[str, Moments]]:
-    """The reference's description and moments.
-
-    Raises:
-        UserError: it is missing or was made from other images.
-    """
-    try:
-        reference: dict[str, Any] = load_json(folder / "reference.json")
-        moments = {name: load_moments(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no readable reference ({error}); run `dvc repro reference`") from None
-    if reference["shard_index_sha256"] != real.sha256:
-        raise UserError(f"{folder} belongs to other shards than {real.folder}: run `dvc repro reference`")
-    return reference, moments
 
 
 def distances(

@@ -1,8 +1,9 @@
 """Stage `fetch`: a data set this machine already has -> image files under data/fetched, one sub-folder a class.
 
-Run as `python -m pipeline.fetch`. Nothing is downloaded: `digits` comes with scikit-learn, `idx` reads MNIST-style
-files (Debian's package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist). When `data.raw` names
-a folder of your own, only a note is written.
+Run as `python -m pipeline.fetch`. Nothing is downloaded: `digits` and `photo_tiles` come with scikit-learn, `idx` reads
+MNIST-style files (Debian's package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist). `auto` is
+`idx` where that folder is, else `digits`; which it was is printed, and is part of the output, `SOURCE.txt`. When
+`data.raw` names a folder of your own, only a note is written.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from pipeline.runtime.process import run_stage
 IDX_IMAGES = "train-images-idx3-ubyte"
 IDX_LABELS = "train-labels-idx1-ubyte"
 UNSIGNED_BYTE = 0x08
+SOURCE = "fetch.source is auto: {source}, as {idx_dir} is {state} here.\n"
+TILE_PX = 32
+TILE_STEP_PX = 16
 NOTE = "data.raw in params.yaml is {raw}, a folder of your own, so nothing was fetched.\n"
 
 
@@ -92,12 +96,53 @@ def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return np.round(images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8), labels.astype(np.uint8)
 
 
+def load_photo_tiles() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """scikit-learn's two photographs (a temple, a flower) in colour, cut into tiles that overlap by half."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [np.asarray(photo, dtype=np.uint8) for photo in load_sample_images().images]
+    tiles = [make_tiles(photo, TILE_PX, TILE_STEP_PX) for photo in photos]
+    labels = np.repeat(np.arange(len(tiles), dtype=np.uint8), [len(part) for part in tiles])
+    return np.concatenate(tiles), labels
+
+
+def make_tiles(photo: NDArray[np.uint8], size: int, step: int) -> NDArray[np.uint8]:
+    """All squares of `size` px, `step` px apart, that lie inside a photo, row by row.
+
+    Example:
+        >>> make_tiles(np.zeros((40, 64, 3), np.uint8), 32, 16).shape
+        (3, 32, 32, 3)
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(photo, (size, size), axis=(0, 1))[::step, ::step]
+    return np.ascontiguousarray(windows.reshape(-1, photo.shape[2], size, size).transpose(0, 2, 3, 1))
+
+
 def load_source(params: FetchParams) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images `(n, h, w)` and labels `(n,)` of the source that params.yaml names."""
-    if params.source == "digits":
-        return load_digits()
+    """Images `(n, h, w)` or `(n, h, w, 3)` and labels `(n,)` of the source that params.yaml names, evenly thinned to
+    `max_images`.
+
+    A folder that is there but damaged or incomplete is an error for `auto` too.
+    """
+    match choose_source(params):
+        case "digits":
+            images, labels = load_digits()
+        case "photo_tiles":
+            images, labels = load_photo_tiles()
+        case _:
+            assert params.idx_dir is not None, "config checks this"
+            images, labels = load_idx_pair(params.idx_dir)
+    if params.max_images is None or params.max_images >= len(images):
+        return images, labels
+    kept = np.arange(params.max_images) * len(images) // params.max_images
+    return images[kept], labels[kept]
+
+
+def choose_source(params: FetchParams) -> str:
+    """The source, `auto` decided by what this machine has."""
+    if params.source != "auto":
+        return params.source
     assert params.idx_dir is not None, "config checks this"
-    return load_idx_pair(params.idx_dir)
+    return "idx" if Path(params.idx_dir).is_dir() else "digits"
 
 
 def save_images(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
@@ -124,6 +169,11 @@ def main() -> None:
             return
         images, labels = load_source(params.fetch)
         save_images(folder, images, labels)
+        if params.fetch.source == "auto":
+            source, idx_dir = choose_source(params.fetch), params.fetch.idx_dir
+            text = SOURCE.format(source=source, idx_dir=idx_dir, state="a folder" if source == "idx" else "absent")
+            (folder / "SOURCE.txt").write_text(text, encoding="utf-8")
+            print(text, end="")
     print(f"{len(images):,} images of {images.shape[2]} x {images.shape[1]} px in {paths.RAW}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def _imported_by(path: Path) -> Iterator[str]:
         yield from (name for name in names if name.split(".")[0] in PACKAGES)
 
 
+@cache
 def source_sha256(module: str) -> str:
     """One hash of all :func:`source_files`."""
     return sha256_json({str(path): sha256_file(ROOT / path) for path in source_files(module)})

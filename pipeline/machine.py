@@ -21,7 +21,12 @@ VARIABLES = {
     "PIPELINE_SAMPLE_BATCH": "images a forward pass in sampling and feature extraction (default 100)",
     "PIPELINE_WORKERS": "loader processes beside each training process (default 0 on CPU, 2 on CUDA)",
     "PIPELINE_COMPILE": "1 or 0: torch.compile (default: only on CUDA)",
+    "PIPELINE_CHANNELS_LAST": "1 or 0: convolutions with the channels last in memory (default: only on CUDA)",
+    "PIPELINE_ACTIVATION_CHECKPOINTING": "1 or 0: train in less memory, computing activations twice (default 0)",
+    "PIPELINE_FEATURES": "torch, onnx or auto: what runs feature networks on a CPU (default auto: onnx if installed)",
     "PIPELINE_TRACKING": "1 or 0: write runs to MLflow (default 1)",
+    "PIPELINE_SHARD_PROCESSES": "processes that check and pack images (default: the cores this process may use)",
+    "PIPELINE_SHARD_WORKER": "K/N: do the K-th of N parts of sharding, K from 0; see docs/sharding.md (default: all)",
     "PIPELINE_STATE": "folder for resume state and what the tracker could not send yet (default .state)",
 }
 
@@ -37,8 +42,13 @@ class Machine:
     sample_batch: int
     workers: int | None
     compile: bool | None
+    channels_last: bool | None
+    activation_checkpointing: bool
+    features: str
     tracking: bool
     state: Path
+    shard_processes: int | None = None
+    shard_worker: tuple[int, int] | None = None
 
 
 def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
@@ -65,7 +75,18 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
             raise UserError(f"environment: {name} is {text!r}, expected one of {', '.join(allowed)}")
         return text
 
-    compile_text = choice("PIPELINE_COMPILE", "auto", ("0", "1", "auto"))
+    def switch(name: str) -> bool | None:
+        return {"0": False, "1": True, "auto": None}[choice(name, "auto", ("0", "1", "auto"))]
+
+    def part(name: str) -> tuple[int, int] | None:
+        text = given.get(name, "")
+        if text == "":
+            return None
+        number, _, parts = text.partition("/")
+        if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+            raise UserError(f"environment: {name} is {text!r}, expected K/N with K from 0 to N - 1, such as 0/4")
+        return int(number), int(parts)
+
     return Machine(
         device=choice("PIPELINE_DEVICE", "auto", ("auto", "cpu", "cuda")),
         processes=count("PIPELINE_PROCESSES", 1),
@@ -73,7 +94,12 @@ def load_machine(environment: Mapping[str, str] | None = None) -> Machine:
         micro_batch=count("PIPELINE_MICRO_BATCH", 1),
         sample_batch=count("PIPELINE_SAMPLE_BATCH", 1) or 100,
         workers=count("PIPELINE_WORKERS", 0),
-        compile=None if compile_text == "auto" else compile_text == "1",
+        compile=switch("PIPELINE_COMPILE"),
+        channels_last=switch("PIPELINE_CHANNELS_LAST"),
+        activation_checkpointing=choice("PIPELINE_ACTIVATION_CHECKPOINTING", "0", ("0", "1")) == "1",
+        features=choice("PIPELINE_FEATURES", "auto", ("torch", "onnx", "auto")),
         tracking=choice("PIPELINE_TRACKING", "1", ("0", "1")) == "1",
         state=Path(given.get("PIPELINE_STATE", "") or ".state"),
+        shard_processes=count("PIPELINE_SHARD_PROCESSES", 1),
+        shard_worker=part("PIPELINE_SHARD_WORKER"),
     )

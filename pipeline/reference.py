@@ -33,7 +33,7 @@ def main() -> None:
         )
     subsets = dict(zip(("half_a", "half_b"), halves(index.num_images, half), strict=True))
     with start_topology(machine) as topology:
-        extractor = load_extractor(params.extractor, topology.device)
+        extractor = load_extractor(params.extractor, topology.device, inception_weights=params.inception_weights)
         moments = stream_moments(
             index, extractor, subsets, topology, batch_size=machine.sample_batch, label="reference"
         )

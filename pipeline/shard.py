@@ -2,174 +2,187 @@
 
 Run as `python -m pipeline.shard`. A class whose every image is refused keeps its name and number, so that labels do
 not depend on damage to other files; it is named in a warning and counted as `num_empty_classes`.
+
+What was found out about each file, and its payload, is kept in `PIPELINE_STATE/shard/<key>/`: a second run, after a
+kill or with new files in the folder, only does what is missing. The output depends on the files and parameters alone,
+never on that history, the number of processes or of nodes. See docs/sharding.md.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import math
+import gc
+import os
+import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import simplejpeg
 from numpy.typing import NDArray
-from tqdm import tqdm
+from PIL import features
 
 from pipeline import paths
-from pipeline.config import ShardParams, load_params
-from pipeline.data.audit import Found, Listing, Refused, list_images, open_image, survey, to_pixels
-from pipeline.data.index import ShardIndex
-from pipeline.data.writer import Sample, write_shards
+from pipeline.config import Params, load_params
+from pipeline.data.catalogue import make_file_keys
+from pipeline.data.contact import draw_contact_sheet
+from pipeline.data.duplicates import draw_held_out, find_duplicates, list_duplicates
+from pipeline.data.examine import HEADER_DTYPE, RESULT_DTYPE, Form, auto_size, examine_files, survey_files
+from pipeline.data.index import Preparation, ShardIndex, load_index, save_index
+from pipeline.data.listing import list_images
+from pipeline.data.pack import Tar, collect_tars, pack_tar, plan_tars
+from pipeline.data.tally import ClassCount, Selection, count_classes, make_report, make_table, select
+from pipeline.data.work import Work
+from pipeline.data.writer import describe_encoder
 from pipeline.errors import UserError
-from pipeline.runtime.files import save_json, save_text
+from pipeline.lineage import source_sha256
+from pipeline.machine import load_machine
+from pipeline.runtime.files import locked_folder, save_json, save_text, sha256_json, whole_file, whole_folder
 from pipeline.runtime.process import run_stage
 
 RAW_UP_TO_PX = 64
-CHANNEL_NAMES = {1: ("grey",), 3: ("red", "green", "blue")}
-
-
-@dataclass
-class Tally:
-    """Running counts and exact integer sums over the accepted images. Keeps 16 bytes an image to find duplicates."""
-
-    class_counts: dict[str, int]
-    refused: list[tuple[str, str]]
-    num_images: int = 0
-    num_enlarged: int = 0
-    num_duplicates: int = 0
-    sums: list[int] = field(default_factory=list)
-    squares: list[int] = field(default_factory=list)
-    digests: set[bytes] = field(default_factory=set)
-
-    def add(self, found: Found, pixels: NDArray[np.uint8], enlarged: bool) -> None:
-        """Count an accepted image."""
-        self.num_images += 1
-        self.num_enlarged += enlarged
-        if found.class_name is not None:
-            self.class_counts[found.class_name] += 1
-        digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
-        self.num_duplicates += digest in self.digests
-        self.digests.add(digest)
-        values = pixels.reshape(-1, pixels.shape[2]).astype(np.int64)
-        sums, squares = values.sum(axis=0).tolist(), (values**2).sum(axis=0).tolist()
-        self.sums = [a + b for a, b in zip(self.sums or [0] * len(sums), sums, strict=True)]
-        self.squares = [a + b for a, b in zip(self.squares or [0] * len(sums), squares, strict=True)]
-
-
-def read_pixels(raw: Path, found: Found, image_size: int, channels: int) -> tuple[NDArray[np.uint8], bool]:
-    """One file as pixels, and whether it had to be enlarged. Pure: depends on the file and the arguments alone."""
-    image = open_image(raw / found.path)
-    return to_pixels(image, image_size, channels), min(image.size) < image_size
-
-
-def accept(raw: Path, listing: Listing, tally: Tally, image_size: int, channels: int) -> Iterator[Sample]:
-    """The samples of all acceptable files in order, one at a time; refusals and counts go to `tally`."""
-    labels = {name: label for label, name in enumerate(listing.classes)}
-    for found in tqdm(listing.images, desc="shard", unit="img", disable=None):
-        try:
-            pixels, enlarged = read_pixels(raw, found, image_size, channels)
-        except Refused as refusal:
-            tally.refused.append((found.path, str(refusal)))
-            continue
-        tally.add(found, pixels, enlarged)
-        meta = {"path": found.path} if found.class_name is None else {"path": found.path, "class": found.class_name}
-        yield Sample(pixels, None if found.class_name is None else labels[found.class_name], meta)
-
-
-def check_refused(tally: Tally, max_broken_share: float) -> None:
-    """Write the list of refused files, then fail if they are too many."""
-    tally.refused.sort()
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerows([("path", "reason"), *tally.refused])
-    # A name that is no valid text on this system keeps its bytes as \udcXX.
-    save_text(paths.REFUSED, text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
-    num_tried = tally.num_images + len(tally.refused)
-    if tally.num_images and len(tally.refused) <= max_broken_share * num_tried:
-        return
-    first = "; ".join(f"{path} ({reason})" for path, reason in tally.refused[:3])
-    raise UserError(
-        f"{len(tally.refused):,} of {num_tried:,} files refused, more than shard.max_broken_share = "
-        f"{max_broken_share:g} allows: {first}; all are in {paths.REFUSED}; repair or remove them, or raise the limit"
-    )
-
-
-def checked(samples: Iterator[Sample], tally: Tally, max_broken_share: float) -> Iterator[Sample]:
-    """The same samples, and the check at their end: too many refusals leave no shards behind."""
-    yield from samples
-    check_refused(tally, max_broken_share)
-
-
-def make_report(index: ShardIndex, listing: Listing, tally: Tally) -> dict[str, Any]:
-    """The numbers of metrics/shard.json. Channel statistics are over accepted pixels, in 0..255."""
-    num_pixels = tally.num_images * index.image_size**2
-    names = CHANNEL_NAMES[index.channels]
-    # Exact integers up to the division: the result does not depend on the order of summation.
-    variances = [num_pixels * q - s * s for s, q in zip(tally.sums, tally.squares, strict=True)]
-    counts = tally.class_counts.values()
-    return {
-        "num_images": index.num_images,
-        "num_refused": len(tally.refused),
-        "num_skipped": listing.num_skipped,
-        "skipped": {"hidden": listing.num_hidden, "not_images": listing.num_other},
-        "num_duplicates": tally.num_duplicates,
-        "num_enlarged": tally.num_enlarged,
-        "image_size": index.image_size,
-        "channels": index.channels,
-        "num_shards": len(index.shards),
-        "num_bytes": sum(shard.num_bytes for shard in index.shards),
-        "num_classes": index.num_classes,
-        "num_empty_classes": sum(count == 0 for count in counts),
-        "class_images_min": min(counts, default=0),
-        "class_images_max": max(counts, default=0),
-        "channel_mean": {name: s / num_pixels for name, s in zip(names, tally.sums, strict=True)},
-        "channel_std": {name: math.sqrt(v) / num_pixels for name, v in zip(names, variances, strict=True)},
-    }
-
-
-def resolve(params: ShardParams, raw: Path, listing: Listing) -> tuple[int, int, str]:
-    """Image size, channels and encoding with every `auto` decided from the data."""
-    size, channels = params.image_size, params.channels
-    if size == "auto" or channels == "auto":
-        bar = tqdm(listing.images, desc="survey", unit="img", disable=None)
-        auto_size, auto_channels = survey(raw, bar)
-        size = auto_size if size == "auto" else size
-        channels = auto_channels if channels == "auto" else channels
-    encoding: str = params.encoding
-    if encoding == "auto":
-        encoding = "raw" if size <= RAW_UP_TO_PX else "png"
-    return size, channels, encoding
+KEPT_SECONDS = 7 * 24 * 3600  # for which results for other parameters are kept
 
 
 def main() -> None:
-    params = load_params(paths.PARAMS)
-    raw = Path(params.data.raw)
+    params, machine = load_params(paths.PARAMS), load_machine()
+    worker, raw = machine.shard_worker, params.data.raw
+    if worker and "DVC_STAGE" in os.environ:
+        raise UserError("PIPELINE_SHARD_WORKER is set, but a worker makes no outputs: use it with "
+                        "`python -m pipeline.shard` on each node, and then start `dvc repro` without it")  # fmt: skip
     listing = list_images(raw)
-    image_size, channels, encoding = resolve(params.shard, raw, listing)
-    tally = Tally(class_counts=dict.fromkeys(listing.classes, 0), refused=list(listing.refused))
-    samples = accept(raw, listing, tally, image_size, channels)
-    index = write_shards(
-        paths.SHARDS,
-        checked(samples, tally, params.shard.max_broken_share),
-        image_size=image_size,
-        channels=channels,
-        encoding=encoding,
-        classes=listing.classes,
-        shard_images=params.shard.shard_images,
+    gc.freeze()  # a tuple for each file: the collector need not go through them again and again
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    work = Work(raw, listing, make_file_keys(raw, listing.images), machine.shard_processes or cores, worker)
+    form = resolve(params, work, machine.state / "shard")
+    state = machine.state / "shard" / make_key(raw, asdict(form))
+    with locked_folder(state / "workers" / f"{worker[0]}-of-{worker[1]}" if worker else state):
+        os.utime(state)
+        results = work.complete("check", partial(examine_files, form=form), state / "results", RESULT_DTYPE)
+        if worker and (num_missing := len(results.missing(work.keys))):
+            print(f"worker {worker[0]}/{worker[1]}: done; {num_missing:,} files are with others. When all are done, "
+                  "start them once more to pack the tars, or `dvc repro` for all that is left")  # fmt: skip
+            return
+        selection = select(listing, work.keys, results)
+        check_refused(selection, params.shard.max_broken_share)
+        duplicates = find_duplicates(selection.rows, form.channels, form.image_size, params.shard.near_duplicate_bits)
+        held_out = draw_held_out(selection.rows["digest"], duplicates.groups, params.shard.held_out_share)
+        tars = plan(params, work, form, state, selection, held_out)
+        tasks = work.part_of([*tars[False], *tars[True]])
+        num_packed = sum(work.run("pack", pack_tar, tasks, len(selection.images)))
+        print(f"pack: {num_packed:,} of {len(tasks):,} tars written", flush=True)
+        if worker:
+            return
+        index = publish(form, listing.classes, tars)
+        classes = count_classes(listing, selection, held_out)
+        report = make_report(listing, form, index, selection, duplicates, held_out, classes)
+        save_text(paths.DUPLICATES, make_table(list_duplicates(selection.images, duplicates)))
+        finish(report, classes, work, form, selection)
+        results.prune(work.keys)
+        forget_others(state)
+
+
+def make_key(raw: str, form: dict[str, Any]) -> str:
+    """The name of a folder of results: equal if what decides about a file's result, other than the file, is."""
+    libraries = {name: str(features.version(name)) for name in ("jpg", "zlib", "webp", "libtiff")}
+    versions = {"Pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, **libraries}
+    code = source_sha256("pipeline.data.examine")
+    return sha256_json({"raw": raw, "form": form, "versions": versions, "code": code})[:16]
+
+
+def resolve(params: Params, work: Work, state: Path) -> Form:
+    """The form of the images, with every `auto` decided from the data."""
+    config = params.shard
+    size, channels, encoding = config.image_size, config.channels, str(config.encoding)
+    if size == "auto" or channels == "auto":
+        if work.worker:
+            raise UserError("PIPELINE_SHARD_WORKER is set: give shard.image_size and shard.channels as numbers in "
+                            "params.yaml, since for `auto` every worker would open every file")  # fmt: skip
+        folder = state / f"survey-{make_key(work.raw, {})}"
+        with locked_folder(folder):
+            os.utime(folder)
+            headers = work.complete("survey", survey_files, folder / "headers", HEADER_DTYPE)
+            rows, _ = headers.find(work.keys)
+            headers.prune(work.keys)
+        readable = rows["reason"] == 0
+        size = auto_size(rows["side"][readable]) if size == "auto" else size
+        if channels == "auto":
+            channels = 3 if work.has_colour(np.flatnonzero(readable & ~rows["grey"]).tolist()) else 1
+    if encoding == "auto":
+        encoding = "raw" if size <= RAW_UP_TO_PX else "png"
+    return Form(size, channels, encoding, config.jpeg_quality, config.resize_filter, config.crop)
+
+
+def check_refused(selection: Selection, max_broken_share: float) -> None:
+    """Write the list of refused files, then fail if they are too many."""
+    refused = selection.refused
+    save_text(paths.REFUSED, make_table([("path", "reason"), *refused]))
+    num_tried = len(selection.images) + len(refused)
+    if selection.images and len(refused) <= max_broken_share * num_tried:
+        return
+    first = "; ".join(f"{path} ({reason})" for path, reason in refused[:3])
+    raise UserError(
+        f"{len(refused):,} of {num_tried:,} files refused, more than shard.max_broken_share = {max_broken_share:g} "
+        f"allows: {first}; all are in {paths.REFUSED}; repair or remove them, or raise the limit"
     )
-    save_json(paths.SHARD_REPORT, make_report(index, listing, tally))
-    for name, count in tally.class_counts.items():
-        if count == 0:
-            print(f"warning: class {name!r} has no readable image, see {paths.REFUSED}", file=sys.stderr)
-    print(
-        f"{index.num_images:,} images of {image_size} px, {channels} channels, {index.num_classes} classes in "
-        f"{len(index.shards)} shards; {len(tally.refused):,} refused, {listing.num_skipped:,} skipped"
+
+
+def plan(
+    params: Params, work: Work, form: Form, state: Path, selection: Selection, held_out: NDArray[np.bool_]
+) -> dict[bool, list[Tar]]:
+    """The tars of the training set (False) and of what is held out (True)."""
+    config = params.shard
+    if held_out.all():
+        raise UserError(f"shard.held_out_share = {config.held_out_share:g} leaves none of the {len(held_out):,} images "
+                        "for training; lower it")  # fmt: skip
+    folder = state / f"tars-{source_sha256('pipeline.data.pack')[:8]}"
+    where = (folder, work.raw, state / "results", form.encoding, config.shard_images, work.listing.classes)
+    return {away: plan_tars(*where, selection.part(held_out == away)) for away in (False, True)}
+
+
+def publish(form: Form, classes: tuple[str, ...], tars: dict[bool, list[Tar]]) -> ShardIndex:
+    """Put the finished tars into the stage's output, with an index each for the training set and what is held out."""
+    how = Preparation(form.resize_filter, form.crop, describe_encoder(form.encoding, form.jpeg_quality))
+    with whole_folder(paths.SHARDS) as aside:
+        for away in (False, True):
+            if tars[away]:
+                folder = aside / paths.HELD_OUT.name if away else aside
+                folder.mkdir(exist_ok=True)
+                shards, samples = collect_tars(tars[away], folder)
+                save_index(folder, image_size=form.image_size, channels=form.channels, encoding=form.encoding,
+                           classes=classes, shards=shards, samples=samples, preparation=how)  # fmt: skip
+    shutil.rmtree(tars[False][0].folder, ignore_errors=True)
+    return load_index(paths.SHARDS)
+
+
+def finish(report: dict[str, Any], classes: list[ClassCount], work: Work, form: Form, selection: Selection) -> None:
+    """Write the rest of the report, and print what a person must know."""
+    save_text(paths.CLASSES, make_table([ClassCount._fields, *classes]))
+    title = (
+        f"{report['num_images']:,} images of {form.image_size} px, {form.channels} channels, "
+        f"{report['num_classes']} classes in {report['num_shards']} shards; {report['num_held_out']:,} held out, "
+        f"{report['num_refused']:,} refused, {report['num_skipped']:,} skipped, "
+        f"{report['num_duplicates']:,} duplicates and {report['num_near_duplicates']:,} near ones"
     )
+    with whole_file(paths.CONTACT_SHEET) as aside:
+        draw_contact_sheet(work.raw, form, selection.images, title).save(aside, "PNG")
+    save_json(paths.SHARD_REPORT, report)
+    for row in classes:
+        if row.images == 0:
+            why = f"all of it is held out, see {paths.CLASSES}" if row.held_out else f"see {paths.REFUSED}"
+            print(f"warning: class {row.name!r} has no image to train on: {why}", file=sys.stderr)
+    print(title)
+
+
+def forget_others(state: Path) -> None:
+    """Delete results for other parameters that no run has used for a week."""
+    for other in state.parent.iterdir():
+        if time.time() - other.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 if __name__ == "__main__":

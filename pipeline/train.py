@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import getpass
-import io
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ddpm_core import EMA, p_losses
+from ddpm_core import EMA, count_cost, p_losses
 from pipeline import paths
 from pipeline.build import (
+    build_context,
     build_learning_rate,
     build_network,
     build_optimizer,
@@ -26,20 +24,25 @@ from pipeline.build import (
     build_sampler,
     build_schedule,
     build_timestep_sampling,
+    has_learned_variance,
+    inner_network,
     make_model_spec,
+    place_network,
 )
 from pipeline.config import Params, SampleParams, load_params
 from pipeline.data.index import ShardIndex, load_indexes
 from pipeline.data.loader import iterate_batches
-from pipeline.data.pixels import make_grid
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
-from pipeline.engine.loop import LoopPlan, Observers, train
-from pipeline.engine.state import COLUMNS, NUM_SUMS, TrainState
+from pipeline.engine.generate import GRID_ROWS
+from pipeline.engine.loop import LoopPlan, Observers, save_curve, train
+from pipeline.engine.runs import describe_run
+from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.engine.step import StepPlan, TrainStep
 from pipeline.errors import UserError
-from pipeline.lineage import provenance, source_sha256, stage_key
+from pipeline.first_stage import WEIGHTS, WEIGHTS_IN_MODEL, LatentSet, build_x0, load_first_stage, load_latents
+from pipeline.lineage import source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
-from pipeline.runtime.files import locked_folder, save_json, save_text, sha256_json
+from pipeline.runtime.files import load_json, locked_folder, save_json, sha256_json
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
@@ -47,8 +50,9 @@ from pipeline.runtime.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 PREVIEW = SampleParams(
-    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, dynamic_threshold=None
-)  # of the pictures drawn while training; no parameter of the stage, as they change no result
+    seed=0, num_samples=80, sampler="ddim", steps=25, spacing="trailing", eta=0.0, guidance=1.0, guidance_interval=None,
+    autoguidance=1.0, classifier_scale=0.0, dynamic_threshold=None,
+)  # fmt: skip # of the pictures drawn while training; no parameter of the stage, as they change no result
 
 
 def main() -> None:
@@ -56,32 +60,39 @@ def main() -> None:
     params, machine = load_params(), load_machine()
     restart_under_torchrun("pipeline.train", machine)
     stop = StopRequest()
-    indexes = load_indexes([entry.shards for entry in params.order.mix] if params.order.mix else [paths.SHARDS])
-    spec = make_model_spec(params, *indexes)
+    latents = load_latents() if params.encode else None
+    sets = [entry.shards for entry in params.order.mix] if params.order.mix else [paths.SHARDS]
+    indexes = [latents.index] if latents else load_indexes(sets)
+    spec = make_model_spec(params, *indexes, first_stage=latents.spec if latents else None)
     with start_topology(machine) as topology:
         dtype = build_precision(params.train.precision, topology.device)
-        lineage = make_lineage(params, indexes, dtype)
+        lineage = make_lineage(params, indexes, dtype, latents)
         checkpoints = CheckpointFolder(machine.state / "train" / lineage["train_key"])
         with (
             locked_folder(checkpoints.root) if topology.is_main else nullcontext(),
             open_run(params, machine, topology, indexes, lineage) as tracker,
         ):
             step = make_step(params, machine, topology, spec, dtype)
-            resume(step.state, checkpoints, topology)
+            if topology.is_main:
+                report_cost(step.state.network, spec, tracker)
+            checkpoints.resume(step.state, topology, step.plan.section)
             run_loop(step, params, machine, topology, indexes, spec, checkpoints, tracker, stop)
             if topology.is_main:
                 publish(step.state, spec, lineage, tracker)
             topology.barrier()
 
 
-def make_lineage(params: Params, indexes: Sequence[ShardIndex], dtype: torch.dtype) -> dict[str, Any]:
+def make_lineage(
+    params: Params, indexes: Sequence[ShardIndex], dtype: torch.dtype, latents: LatentSet | None = None
+) -> dict[str, Any]:
     """Where the model comes from; its `train_key` names the resume state and the MLflow run."""
     sections = (params.schedule, params.model, params.train, params.order)
     hashes = [index.sha256 for index in indexes]
     shards = hashes[0] if len(hashes) == 1 else sha256_json(hashes)
     precision = str(dtype).removeprefix("torch.")
+    inputs = {"shards": shards, "precision": precision} | ({"latents": latents.sha256} if latents else {})
     return {
-        "train_key": stage_key("pipeline.train", sections, {"shards": shards, "precision": precision}),
+        "train_key": stage_key("pipeline.train", sections, inputs),
         "precision": precision,
         "shard_index_sha256": shards,
         "code_sha256": source_sha256("pipeline.train"),
@@ -98,13 +109,8 @@ def open_run(
     name = f"{index.num_classes or 'no'}-class-{index.image_size}px-{lineage['train_key'][:6]}"
     tags = {
         "shard_index_sha256": lineage["shard_index_sha256"],
-        "world_size": str(topology.world_size),
-        "device": torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
         "precision": lineage["precision"],
-        "mlflow.user": user_name(),
-        "mlflow.source.name": "pipeline.train",
-        **provenance(),
+        **describe_run(topology, "pipeline.train"),
     }
     tracker = open_tracker(
         machine.state, lineage["train_key"], run_name=name, tags=tags, enabled=topology.is_main and machine.tracking
@@ -114,18 +120,32 @@ def open_run(
     num_images = sum(one.num_images for one in indexes)
     data = {"num_images": num_images, "num_classes": index.num_classes, "image_size": index.image_size}
     tracker.log_params({f"data.{key}": value for key, value in {"raw": params.data.raw, **data}.items()})
+    log_audit(tracker)
     tracker.set_dataset(
         Path(params.data.raw).name, lineage["shard_index_sha256"][:16], source=params.data.raw, profile=data
     )
     return tracker
 
 
-def user_name() -> str:
-    """Who runs this; a number where the system has no name for it, as in many containers."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
+def log_audit(tracker: Tracker) -> None:
+    """What the stage `shard` found in the raw images, where its report is: numbers as `data/...`, tables, the sheet."""
+    for path in (paths.SHARD_REPORT, paths.REFUSED, paths.DUPLICATES, paths.CLASSES, paths.CONTACT_SHEET):
+        if path.is_file():
+            tracker.log_artifact(path, "data")
+    if paths.SHARD_REPORT.is_file():
+        tracker.log_metrics(flatten("data", load_json(paths.SHARD_REPORT)), 0)
+
+
+def flatten(name: str, value: Any) -> dict[str, float]:
+    """Numbers in nested dictionaries under names joined by slashes.
+
+    Example:
+        >>> flatten("data", {"num_images": 3, "channel_mean": {"grey": 7.5}})
+        {'data/num_images': 3.0, 'data/channel_mean/grey': 7.5}
+    """
+    if isinstance(value, dict):
+        return {key: number for k, v in value.items() for key, number in flatten(f"{name}/{k}", v).items()}
+    return {name: float(value)}
 
 
 def make_step(
@@ -136,9 +156,8 @@ def make_step(
     if config.batch_size < topology.world_size:
         raise UserError(f"params.yaml: train.batch_size is {config.batch_size}, less than {topology.world_size} ranks")
     device = topology.device
-    network = build_network(spec, seed=config.seed).to(device)
-    if device.type == "cuda":
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = place_network(build_network(spec, seed=config.seed), device, machine.channels_last)
+    inner_network(network).activation_checkpointing = machine.activation_checkpointing
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
     average = EMA(network, config.ema_half_life_images)
     state = TrainState(network, average, build_optimizer(config, network), sums=sums)
@@ -155,26 +174,29 @@ def make_step(
         loss=partial(
             p_losses,
             parameterization=spec["parameterization"],
+            learned_variance=has_learned_variance(spec),
             loss_type=config.loss_type,
             l_simple_weight=config.l_simple_weight,
             original_elbo_weight=config.original_elbo_weight,
             min_snr_gamma=config.min_snr_gamma,
         ),
         timesteps=build_timestep_sampling(config),
+        to_x0=build_x0(spec, config.seed),
         compile=machine.compile if machine.compile is not None else device.type == "cuda",
+        context=build_context(spec),
+        guide_images=config.guide_images,
     )
     return TrainStep(plan, state, build_schedule(spec).to(device), topology)
 
 
-def resume(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) -> None:
-    """Load the newest whole checkpoint, the same on every rank."""
-    newest = topology.from_main((checkpoints.newest() or 0) if topology.is_main else 0)
-    if newest:
-        checkpoints.load(state, newest, topology.device)
-        if topology.is_main:
-            log.info("train: going on at %s images, from %s", f"{newest:,}", checkpoints.root)
-        else:
-            state.sums.zero_()  # the main rank carries the sums of all
+def report_cost(network: nn.Module, spec: dict[str, Any], tracker: Tracker) -> None:
+    """Say how large the network is and what an image costs it."""
+    inner = inner_network(network)
+    cost = count_cost(inner, inner.input_shape)
+    gflop = cost.flop_per_image / 1e9
+    tracker.log_params({"model.parameters": cost.parameters, "model.gflop_per_image": round(gflop, 6)})
+    log.info("train: %s, %s parameters, %.3g GFLOP an image forward",
+             spec["network"]["name"], f"{cost.parameters:,}", gflop)  # fmt: skip
 
 
 def run_loop(
@@ -198,12 +220,12 @@ def run_loop(
         workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
     )  # fmt: skip
     quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
-    sampler = build_sampler(quick, spec, state.ema.network, step.schedule)
-    columns = min(10, len(spec["labels"]) or 10)
+    first_stage = load_first_stage(spec, paths.FIRST_STAGE / WEIGHTS, topology.device)
+    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, indexes[0], first_stage)
 
     def preview(images_seen: int) -> None:
-        pixels = sampler(torch.arange(PREVIEW.num_samples, device=topology.device))
-        tracker.log_image("samples", make_grid(pixels.cpu().numpy(), columns), images_seen)
+        pixels = sampler(torch.arange(GRID_ROWS * sampler.columns, device=topology.device))
+        tracker.log_image("samples", sampler.picture(pixels.cpu().numpy()), images_seen)
 
     plan = LoopPlan(
         total_images=steps.stop * config.batch_size,
@@ -217,12 +239,10 @@ def run_loop(
 
 def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:
     """Write the stage's outputs: equal training gives equal bytes."""
-    save_model(paths.MODEL, state.ema.network, spec, {**lineage, "images_seen": state.images_seen})
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(state.history)
-    save_text(paths.LOSS_CURVE, table.getvalue())
+    files = {WEIGHTS_IN_MODEL: paths.FIRST_STAGE / WEIGHTS} if "first_stage" in spec else {}
+    lineage = {**lineage, "images_seen": state.images_seen}
+    save_model(paths.MODEL, state.ema.network, spec, lineage, guide=state.guide, files=files)
+    save_curve(paths.LOSS_CURVE, state)
     parameters = sum(p.numel() for p in state.network.parameters())
     save_json(paths.TRAIN_METRICS, {**state.history[-1], "parameters": parameters})
     memory = peak_memory_gib()

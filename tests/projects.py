@@ -30,15 +30,55 @@ TINY = {
     "sample.steps": 4,
 }
 
+TINY_LATENT = {
+    "shard.image_size": 16,
+    "reference.floor_images": 20,
+    "model.base_channels": 16,
+    "autoencoder.factor": 2,
+    "autoencoder.base_channels": 8,
+    "autoencoder.total_images": 320,
+    "autoencoder.batch_size": 16,
+    "autoencoder.warmup_images": 32,
+    "autoencoder.log_every_images": 32,
+    "autoencoder.checkpoint_every_images": 64,
+    "autoencoder.preview_every_images": 160,
+    "autoencoder.ema_half_life_images": 50,
+    "autoencoder.discriminator_channels": 8,
+    "autoencoder.discriminator_layers": 1,
+    "encode.shard_images": 50,
+}
 
-def make_project(folder: Path, *, num_images: int = 120, num_classes: int = 3, **changes: Any) -> Path:
-    """A copy of the pipeline in `folder` with `num_images` digits in `images/`; `changes` like train__seed=1."""
+
+def make_latent_project(folder: Path, **changes: Any) -> Path:
+    """As :func:`make_project`, with the sections of recipes/latent that make it one of latents."""
+    sections = YAML(typ="safe").load((ROOT / "recipes/latent/params.yaml").read_text())
+    optional = {name: sections[name] for name in ("autoencoder", "encode")}
+    return make_project(
+        folder, optional=optional, **{k.replace(".", "__"): v for k, v in TINY_LATENT.items()}, **changes
+    )
+
+
+def make_project(
+    folder: Path,
+    *,
+    num_images: int = 120,
+    num_classes: int = 3,
+    recipe: str = "",
+    optional: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """A copy of the pipeline in `folder` with `num_images` digits in `images/`; `optional` sections are added to
+    params.yaml; `changes` like train__seed=1.
+
+    With a `recipe` such as recipes/guided the parameters and dvc.yaml are that recipe's; it is not moved there.
+    """
     for name in ("pipeline", "ddpm_core"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dvc.yaml", folder)
+    shutil.copy(ROOT / recipe / "dvc.yaml", folder)
     shutil.copy(ROOT / ".dvcignore", folder)
     yaml = YAML()
-    params = yaml.load((ROOT / "params.yaml").read_text())
+    params = yaml.load((ROOT / recipe / "params.yaml").read_text())
+    params.update(optional or {})
     for key, value in {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}.items():
         section, name = key.split(".")
         assert name in params[section], key

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import NoiseSchedule
+from ddpm_core.samplers.grid import Step
 from ddpm_core.schedules import at
 
 
@@ -35,10 +36,11 @@ class World:
 class GaussianWorld(World):
     """Data x0 ~ N(mean, deviation^2) in each dimension, and the best possible prediction for it.
 
-    E[x0 | x_t] is linear in x_t, so a sampler that is right gives back the mean and the deviation.
+    E[x0 | x_t] is linear in x_t, so a sampler that is right gives back the mean and the deviation. That may be a
+    tensor that broadcasts to x_t.
     """
 
-    def __init__(self, schedule: NoiseSchedule, mean: float = 0.3, deviation: float = 0.2) -> None:
+    def __init__(self, schedule: NoiseSchedule, mean: float = 0.3, deviation: float | Tensor = 0.2) -> None:
         self.schedule, self.mean, self.deviation = schedule, mean, deviation
 
     def x0(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -47,6 +49,24 @@ class GaussianWorld(World):
         noise_variance = at(self.schedule.sqrt_one_minus_alphas_cumprod, t, x_t).double() ** 2
         gain = signal * self.deviation**2 / (signal**2 * self.deviation**2 + noise_variance)
         return self.mean + gain * (x_t - signal * self.mean)
+
+    def learned(self, parameterization: str, steps: list[Step]):
+        """The exact network that gives also the variance: v for which x_prev given x_t has its exact variance at each
+        of the visited `steps`. Both means are linear, so this is the reverse step itself, however far it goes."""
+        denoiser, variance = self.denoiser(parameterization), torch.as_tensor(self.deviation, dtype=torch.float64) ** 2
+        rows = {}
+        for step in steps:
+            of_x0 = step.prev_signal * step.beta / step.sigma**2
+            beta_tilde = step.prev_sigma**2 / step.sigma**2 * step.beta
+            posterior = variance * step.sigma**2 / (variance * step.signal**2 + step.sigma**2)  # Var(x0 | x_t)
+            low, high = math.log(max(beta_tilde, 1e-30)), math.log(step.beta)  # the last step draws nothing
+            rows[step.t] = 2 * ((beta_tilde + of_x0**2 * posterior).log() - low) / (high - low) - 1
+
+        def predict(x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            mean = denoiser(x_t, t, condition)
+            return torch.cat((mean, rows[int(t[0])].expand_as(mean)), dim=1)  # a sampler's steps are the batch's
+
+        return predict
 
     def flow(self, z: Tensor, signal: float, sigma: float) -> Tensor:
         """Where the probability flow that ends at mean + deviation z stands when x_t = signal x0 + sigma eps."""
@@ -72,6 +92,18 @@ class MixtureWorld(World):
         log_first, log_second = (-((x_t - signal * m) ** 2) / (2 * variance) for m in self.means)
         odds = torch.sigmoid(log_first - log_second + math.log(self.weight / (1 - self.weight)))
         return odds * first + (1 - odds) * second
+
+    def classifier(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """log p(x_t, y) for each component y, of (b, 1) x_t: the exact logits of p(y | x_t)."""
+        signal = at(self.schedule.sqrt_alphas_cumprod, t, x_t).double()
+        sigma = at(self.schedule.sqrt_one_minus_alphas_cumprod, t, x_t).double()
+        variance = signal**2 * self.deviation**2 + sigma**2
+        shares = torch.tensor([self.weight, 1 - self.weight], dtype=torch.float64).log()
+        return shares - (x_t - signal * torch.tensor(self.means, dtype=torch.float64)) ** 2 / (2 * variance)
+
+    def component(self, y: int) -> GaussianWorld:
+        """The data of one component."""
+        return GaussianWorld(self.schedule, self.means[y], self.deviation)
 
     def moments(self) -> list[float]:
         """E[x0], E[x0^2], E[x0^3], E[x0^4]."""

@@ -1,4 +1,4 @@
-"""The convolutional parts of the U-Net."""
+"""The convolutional parts of the U-Net and the autoencoder."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ def make_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
 
 def zero_init(module: Layer) -> Layer:
     """The same layer with weights and bias of zero: a residual branch that starts as the identity."""
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
     return module
 
 
@@ -32,26 +31,30 @@ class ResidualBlock(nn.Module):
 
     Args:
         in_channels, out_channels: multiples of 8 keep the groups of the norm large enough.
-        embedding_dim: size of the embedding of step and class.
+        embedding_dim: size of the embedding of step and class; None for a block without one, whose second norm learns
+            its own scale and shift.
         dropout: probability, before the last convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding_dim: int | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm_in = make_norm(in_channels)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
-        self.norm_out = make_norm(out_channels, affine=False)
+        self.modulation = None if embedding_dim is None else nn.Linear(embedding_dim, 2 * out_channels)
+        self.norm_out = make_norm(out_channels, affine=embedding_dim is None)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(b, in, h, w), (b, embedding_dim) -> (b, out, h, w). The embedding comes already activated."""
-        h = self.conv_in(functional.silu(self.norm_in(x)))
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = functional.silu(self.norm_out(h) * (1 + scale) + shift)
-        return self.skip(x) + self.conv_out(self.dropout(h))  # type: ignore[no-any-return]
+        h = self.norm_out(self.conv_in(functional.silu(self.norm_in(x))))
+        if self.modulation is not None:
+            scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        return self.skip(x) + self.conv_out(self.dropout(functional.silu(h)))  # type: ignore[no-any-return]
 
 
 class Downsample(nn.Module):

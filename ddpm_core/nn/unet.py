@@ -8,25 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddpm_core.conditioning import ClassEmbedding, Condition, timestep_embedding
+from ddpm_core.conditioning import Condition
 from ddpm_core.nn.attention import SelfAttention
 from ddpm_core.nn.blocks import Downsample, ResidualBlock, Upsample, make_norm, zero_init
+from ddpm_core.nn.network import DenoisingNetwork
 
 
 class Stage(nn.Module):
     """A residual block and, where asked for, self-attention after it."""
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, attend: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, attend: bool, qk_norm: bool
+    ) -> None:
         super().__init__()
         self.block = ResidualBlock(in_channels, out_channels, embedding_dim, dropout)
-        self.attention = SelfAttention(out_channels) if attend else nn.Identity()
+        self.attention = SelfAttention(out_channels, qk_norm=qk_norm) if attend else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(b, in, h, w), (b, embedding_dim) -> (b, out, h, w)."""
+    def forward(self, embedding: Tensor, x: Tensor, *skip: Tensor) -> Tensor:
+        """(b, embedding_dim), (b, in, h, w), or that in two parts -> (b, out, h, w)."""
+        x = torch.cat((x, *skip), dim=1) if skip else x
         return self.attention(self.block(x, embedding))  # type: ignore[no-any-return]
 
 
-class UNet(nn.Module):
+class UNet(DenoisingNetwork):
     """Residual blocks down and up a pyramid of resolutions, joined by skip connections.
 
     **Source**: Ho et al. 2020, appendix B, with the adaptive group norm, zero-initialised residual outputs and heads of
@@ -45,6 +49,7 @@ class UNet(nn.Module):
         learned_variance: predict also the interpolation between the bounds of the variance: twice the output channels.
         embedder: instead of `num_classes`, what else makes an embedding of a condition: `embedder(condition,
             batch_size)` -> (b, 4 * base_channels).
+        qk_norm: normalise queries and keys of the attention, for long trainings in bfloat16.
 
     Raises:
         ValueError: the image size can't be halved that often, or both `num_classes` and `embedder` are given.
@@ -69,23 +74,20 @@ class UNet(nn.Module):
         context_channels: int = 0,
         learned_variance: bool = False,
         embedder: nn.Module | None = None,
+        qk_norm: bool = False,
     ) -> None:
-        super().__init__()
-        if num_classes and embedder is not None:
-            raise ValueError("num_classes and embedder are both given: the embedder alone knows the condition")
+        embedding_dim = 4 * base_channels
+        super().__init__(
+            input_shape=(channels + context_channels, image_size, image_size), wave_dim=base_channels,
+            embedding_dim=embedding_dim, num_classes=num_classes, embedder=embedder,
+        )  # fmt: skip
         levels = len(channel_multipliers)
         if image_size % 2 ** (levels - 1):
             raise ValueError(f"image_size {image_size} can't be halved {levels - 1} times, once for each multiplier")
-        embedding_dim = 4 * base_channels
-        self.base_channels = base_channels
-        self.time_mlp = nn.Sequential(
-            nn.Linear(base_channels, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
-        )
-        self.class_embedding = ClassEmbedding(num_classes, embedding_dim) if num_classes else embedder
         self.conv_in = nn.Conv2d(channels + context_channels, base_channels, 3, padding=1)
 
         def stage(inside: int, outside: int, size: int) -> Stage:
-            return Stage(inside, outside, embedding_dim, dropout, size in attention_resolutions)
+            return Stage(inside, outside, embedding_dim, dropout, size in attention_resolutions, qk_norm)
 
         width, size, skips = base_channels, image_size, [base_channels]
         self.down = nn.ModuleList()
@@ -98,8 +100,8 @@ class UNet(nn.Module):
                 self.down.append(Downsample(width))
                 size //= 2
                 skips.append(width)
-        self.middle_in = Stage(width, width, embedding_dim, dropout, attend=True)
-        self.middle_out = Stage(width, width, embedding_dim, dropout, attend=False)
+        self.middle_in = Stage(width, width, embedding_dim, dropout, attend=True, qk_norm=qk_norm)
+        self.middle_out = Stage(width, width, embedding_dim, dropout, attend=False, qk_norm=qk_norm)
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(channel_multipliers))):
             for _ in range(num_blocks + 1):
@@ -111,7 +113,7 @@ class UNet(nn.Module):
         self.norm_out = make_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, channels * (1 + learned_variance), 3, padding=1))
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition = None, time: Tensor | None = None) -> Tensor:
         """The network's output.
 
         Args:
@@ -119,6 +121,7 @@ class UNet(nn.Module):
             t: (b,) diffusion steps.
             condition: (b,) int64 labels in [0, num_classes], num_classes being "no class"; None is "no class" for all.
                 With an embedder: what that takes.
+            time: (1, embedding_dim) of the step where all have the same, as :meth:`at_step` gives it.
 
         Returns:
             (b, channels, image_size, image_size); twice the channels with a learned variance.
@@ -126,18 +129,13 @@ class UNet(nn.Module):
         Raises:
             ValueError: a condition is given to a network that takes none.
         """
-        embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype))
-        if self.class_embedding is not None:
-            embedding = embedding + self.class_embedding(condition, len(x_t))
-        elif condition is not None:
-            raise ValueError("a condition is given, but the network was built with num_classes=0 and no embedder")
-        embedding = functional.silu(embedding)
+        embedding = self.embed(x_t, t, condition, time)
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:
-            h = layer(h, embedding) if isinstance(layer, Stage) else layer(h)
+            h = self.run(layer, embedding, h) if isinstance(layer, Stage) else layer(h)
             skips.append(h)
-        h = self.middle_out(self.middle_in(h, embedding), embedding)
+        h = self.run(self.middle_out, embedding, self.run(self.middle_in, embedding, h))
         for layer in self.up:
-            h = layer(torch.cat((h, skips.pop()), dim=1), embedding) if isinstance(layer, Stage) else layer(h)
+            h = self.run(layer, embedding, h, skips.pop()) if isinstance(layer, Stage) else layer(h)
         return self.conv_out(functional.silu(self.norm_out(h)))  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ def sample_ddim(
     *,
     condition: Condition = None,
     parameterization: str = "eps",
+    learned_variance: bool = False,
     num_steps: int | None = 50,
     spacing: str = "trailing",
     eta: float = 0.0,
@@ -38,6 +39,7 @@ def sample_ddim(
     Args:
         denoiser, schedule, x_noisy, condition, parameterization, num_steps, spacing, clip_denoised, dynamic_threshold,
             callback: as in `sample_ddpm`.
+        learned_variance: the network's output has 2c channels, the second half of which is not used.
         noise: as there; may be None when eta is 0.
         eta: in [0, 1].
 
@@ -50,8 +52,9 @@ def sample_ddim(
     if eta > 0 and noise is None:
         raise ValueError(f"eta is {eta}, so the sampler needs `noise`")
     chain = Chain(
-        denoiser, schedule, x_noisy, condition=condition, parameterization=parameterization, num_steps=num_steps,
-        spacing=spacing, clip_denoised=clip_denoised, dynamic_threshold=dynamic_threshold,
+        denoiser, schedule, x_noisy, condition=condition, parameterization=parameterization,
+        learned_variance=learned_variance, num_steps=num_steps, spacing=spacing, clip_denoised=clip_denoised,
+        dynamic_threshold=dynamic_threshold,
     )  # fmt: skip
     x = x_noisy
     for k, step in enumerate(chain.steps, start=1):
@@ -74,6 +77,7 @@ def invert_ddim(
     *,
     condition: Condition = None,
     parameterization: str = "eps",
+    learned_variance: bool = False,
     num_steps: int | None = 50,
     spacing: str = "trailing",
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -87,7 +91,7 @@ def invert_ddim(
     **Source**: Song et al. 2021, equation 14 and section 5.4. Nothing is clipped: a clipped step has no inverse.
 
     Args:
-        denoiser, schedule, condition, parameterization, num_steps, spacing: as in `sample_ddim`.
+        denoiser, schedule, condition, parameterization, learned_variance, num_steps, spacing: as in `sample_ddim`.
         x0: (b, ...) data.
         callback: called after each step with its place k = 1..S, the new x and the predicted x0.
 
@@ -98,8 +102,8 @@ def invert_ddim(
         ValueError: num_steps, spacing or parameterization is out of range.
     """
     chain = Chain(
-        denoiser, schedule, x0, condition=condition, parameterization=parameterization, num_steps=num_steps,
-        spacing=spacing,
+        denoiser, schedule, x0, condition=condition, parameterization=parameterization,
+        learned_variance=learned_variance, num_steps=num_steps, spacing=spacing,
     )  # fmt: skip
     x, num_steps, here = x0, len(chain.steps), chain.steps[-1]
     for k, step in enumerate(reversed(chain.steps), start=1):

@@ -22,6 +22,7 @@ def sample_dpm_solver(
     *,
     condition: Condition = None,
     parameterization: str = "eps",
+    learned_variance: bool = False,
     num_steps: int | None = 25,
     spacing: str = "trailing",
     clip_denoised: bool = True,
@@ -32,13 +33,15 @@ def sample_dpm_solver(
 
     D = x0 + h / (2 h_last) (x0 - x0_last), x_prev = sigma_prev / sigma x_t - signal_prev (e^-h - 1) D, where h is the
     gain in log(signal / sigma). One network call a step, error of order two. The first step has no last x0, and the
-    last one, to a log-snr that is infinite, no middle: these are DDIM's, the last one gives x0.
+    last one, to a log-snr that is infinite, no middle: these are DDIM's, the last one gives x0. The method's own time
+    is log-snr: with spacing `logsnr` all gains h are alike, up to whole steps.
 
     **Source**: Lu et al. 2022 (DPM-Solver++), algorithm 2; their alpha and sigma are our signal and sigma.
 
     Args:
         denoiser, schedule, x_noisy, condition, parameterization, num_steps, spacing, clip_denoised, dynamic_threshold,
             callback: as in `sample_ddpm`; the callback's x0 is the network's, not D.
+        learned_variance: the network's output has 2c channels, the second half of which is not used.
         noise: not used; there so that all samplers are called alike.
 
     Returns:
@@ -48,8 +51,9 @@ def sample_dpm_solver(
         ValueError: as `sample_ddpm`.
     """
     chain = Chain(
-        denoiser, schedule, x_noisy, condition=condition, parameterization=parameterization, num_steps=num_steps,
-        spacing=spacing, clip_denoised=clip_denoised, dynamic_threshold=dynamic_threshold,
+        denoiser, schedule, x_noisy, condition=condition, parameterization=parameterization,
+        learned_variance=learned_variance, num_steps=num_steps, spacing=spacing, clip_denoised=clip_denoised,
+        dynamic_threshold=dynamic_threshold,
     )  # fmt: skip
     x, last_gain = x_noisy, 0.0
     last_x0: Tensor | None = None

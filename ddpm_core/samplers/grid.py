@@ -6,27 +6,33 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ddpm_core.schedules import NoiseSchedule
 
-SPACINGS = ("trailing", "leading", "linspace", "quad")
+SPACINGS = ("trailing", "leading", "linspace", "quad", "logsnr")
 
 
-def make_timesteps(num_timesteps: int, num_steps: int, spacing: str = "trailing") -> list[int]:
+def make_timesteps(
+    num_timesteps: int, num_steps: int, spacing: str = "trailing", *, log_snr: Tensor | None = None
+) -> list[int]:
     """Exactly `num_steps` different steps below `num_timesteps`, from noisy to clean.
 
     `trailing` holds the last step T - 1, `leading` holds step 0, `linspace` both (Lin et al. 2023, table 2). `quad`
     holds both too and grows with the square, so most steps are clean (Song et al. 2021, appendix D.2); where squares
-    lie closer than whole numbers, the whole numbers are taken. All in integer arithmetic, so no rounding repeats or
-    loses a step.
+    lie closer than whole numbers, the whole numbers are taken. These are integer arithmetic, so no rounding repeats or
+    loses a step. `logsnr` holds both ends and is even in log-snr, the time in which the solvers work (Lu et al. 2022,
+    DPM-Solver): most of its steps lie at both ends. Where log-snr plunges at the end, as with cosine, half of a few
+    steps see almost pure noise; zero terminal SNR spreads them.
 
     Args:
         num_timesteps: T of the schedule.
         num_steps: S in [1, T].
         spacing: one of `SPACINGS`.
+        log_snr: (T,) falling float64, for `logsnr` alone; the last may be -infinity.
 
     Raises:
-        ValueError: S is outside [1, T], or the spacing is unknown.
+        ValueError: S is outside [1, T], the spacing is unknown, or it is `logsnr` and there is no log_snr.
 
     Example:
         >>> make_timesteps(1000, 4), make_timesteps(1000, 4, "leading"), make_timesteps(1000, 4, "linspace")
@@ -47,7 +53,28 @@ def make_timesteps(num_timesteps: int, num_steps: int, spacing: str = "trailing"
                 return [num_timesteps - 1]
             squares = [(num_timesteps - 1) * i**2 // (num_steps - 1) ** 2 for i in range(num_steps)]
             return [max(i, square) for i, square in reversed(list(enumerate(squares)))]
+        case "logsnr":
+            if log_snr is None:
+                raise ValueError("spacing 'logsnr' needs the schedule's log_snr")
+            return _even_in_log_snr(log_snr, num_steps)
     raise ValueError(f"spacing {spacing!r} is unknown; known: {', '.join(SPACINGS)}")
+
+
+def _even_in_log_snr(log_snr: Tensor, num_steps: int) -> list[int]:
+    """The step nearest to each of `num_steps` values from the last log-snr up to the first. Where they lie closer than
+    steps, the next free ones are taken: t_i - i, the number of steps left out so far, must never fall nor exceed T - S.
+    """
+    num_timesteps = len(log_snr)
+    if num_steps == 1:
+        return [num_timesteps - 1]
+    last = log_snr[-2] if log_snr[-1].isinf() else log_snr[-1]  # in pure noise there is nothing to be even in
+    wanted = torch.linspace(float(log_snr[0]), float(last), num_steps, dtype=torch.float64)
+    middles = (log_snr[:-1] + log_snr[1:]) / 2
+    nearest = torch.searchsorted(-middles, -wanted)
+    nearest[-1] = num_timesteps - 1
+    places = torch.arange(num_steps)
+    left_out = (nearest - places).clamp(0, num_timesteps - num_steps).cummax(0).values
+    return [int(t) for t in (left_out + places).flip(0)]
 
 
 class Step(NamedTuple):
@@ -84,7 +111,8 @@ def make_grid(schedule: NoiseSchedule, num_steps: int, spacing: str = "trailing"
     Derived from the betas through logarithms in float64, exact at both ends of the chain where 1 - abar or abar vanish.
     """
     log_abar = torch.log1p(-schedule.betas.detach().cpu().double()).cumsum(0)
-    timesteps = make_timesteps(schedule.num_timesteps, num_steps, spacing)
+    log_snr = log_abar - (-log_abar.expm1()).log()
+    timesteps = make_timesteps(schedule.num_timesteps, num_steps, spacing, log_snr=log_snr)
     here = log_abar[timesteps]
     prev = torch.cat((here[1:], torch.zeros(1, dtype=torch.float64)))
     columns = (

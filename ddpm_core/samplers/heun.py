@@ -22,6 +22,7 @@ def sample_heun(
     *,
     condition: Condition = None,
     parameterization: str = "eps",
+    learned_variance: bool = False,
     num_steps: int | None = 18,
     spacing: str = "trailing",
     clip_denoised: bool = True,
@@ -42,6 +43,7 @@ def sample_heun(
     Args:
         denoiser, schedule, x_noisy, condition, parameterization, num_steps, spacing, clip_denoised, dynamic_threshold,
             callback: as in `sample_ddpm`; the callback's x0 is the one predicted where the step begins.
+        learned_variance: the network's output has 2c channels, the second half of which is not used.
         noise: not used; there so that all samplers are called alike.
 
     Returns:
@@ -51,8 +53,9 @@ def sample_heun(
         ValueError: as `sample_ddpm`.
     """
     chain = Chain(
-        denoiser, schedule, x_noisy, condition=condition, parameterization=parameterization, num_steps=num_steps,
-        spacing=spacing, clip_denoised=clip_denoised, dynamic_threshold=dynamic_threshold,
+        denoiser, schedule, x_noisy, condition=condition, parameterization=parameterization,
+        learned_variance=learned_variance, num_steps=num_steps, spacing=spacing, clip_denoised=clip_denoised,
+        dynamic_threshold=dynamic_threshold,
     )  # fmt: skip
     x = x_noisy
     for k, step in enumerate(chain.steps, start=1):

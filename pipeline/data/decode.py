@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.audit import Refused, open_image, to_pixels
+from pipeline.data.audit import Refused, decode, to_pixels
+from pipeline.data.index import Preparation, ShardIndex
 
 Pixels = NDArray[np.uint8]
-ORIENTATION = 0x0112  # the EXIF tag
+AS_AUDITED = Preparation()
 
 
 def decode_png(payload: bytearray, out: Pixels) -> None:
@@ -45,32 +47,22 @@ def decode_jpeg(payload: bytearray, out: Pixels) -> None:
         raise Refused(f"is {found.shape} instead of {out.shape}")
 
 
-def decode_original(payload: bytearray, out: Pixels) -> None:
-    """Any image file, brought to its form by the audit's rules: what the shard stage would have stored as `raw`.
+def decode_original(payload: bytearray, out: Pixels, preparation: Preparation = AS_AUDITED) -> None:
+    """Any image file, brought to its form as the index says: what the shard stage would have stored as `raw`.
 
     Arguments and errors as for :func:`decode_png`. A plain JPEG takes the fast decoder.
     """
-    image = _open_plain_jpeg(payload) or open_image(bytes(payload))
-    out[:] = to_pixels(image, out.shape[0], out.shape[2])
+    image = decode(bytes(payload))
+    out[:] = to_pixels(image, out.shape[0], out.shape[2], preparation.resize_filter, preparation.crop)
 
 
-def _open_plain_jpeg(payload: bytearray) -> Image.Image | None:
-    """A grey or colour JPEG that is upright already; None for anything else."""
-    if not payload.startswith(b"\xff\xd8"):
-        return None
-    try:
-        with Image.open(io.BytesIO(payload), formats=("JPEG",)) as header:
-            mode, turned = header.mode, header.getexif().get(ORIENTATION, 1) != 1
-            if mode not in ("L", "RGB") or turned or header.width * header.height > (Image.MAX_IMAGE_PIXELS or 0):
-                return None
-        pixels = simplejpeg.decode_jpeg(payload, "GRAY" if mode == "L" else "RGB")
-        return Image.fromarray(pixels[:, :, 0] if mode == "L" else pixels)
-    except Exception:  # whatever it is, the audit's reader has the last word, and the words
-        return None
-
-
-DECODERS: dict[str, Callable[[bytearray, Pixels], None]] = {
-    "png": decode_png,
-    "jpeg": decode_jpeg,
-    "original": decode_original,
-}
+def make_decoder(index: ShardIndex) -> Callable[[bytearray, Pixels], None] | None:
+    """The decoder of a set's payloads; None where they are arrays, which need none."""
+    match index.encoding:
+        case "png":
+            return decode_png
+        case "jpeg":
+            return decode_jpeg
+        case "original":
+            return partial(decode_original, preparation=index.preparation)
+    return None

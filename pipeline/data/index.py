@@ -31,9 +31,13 @@ FORMAT = "ddpm-shards"
 VERSION = 1
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
-ENCODINGS = ("raw", "png")
+# Pixels, but for moments: what a first stage makes of them, mean, then log-variance, channel by channel.
+DTYPES: dict[str, np.dtype[Any]] = {
+    **dict.fromkeys(("raw", "png", "jpeg", "original"), np.dtype("u1")),
+    "moments": np.dtype("<f4"),
+}
 
-# offset and size are of the payload (KEY.npy or KEY.png) in its tar; label -1 is none; crc32 is of the payload.
+# offset and size are of the payload (KEY.npy, KEY.png, ...) in its tar; label -1 is none; crc32 is of the payload.
 SAMPLE_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("label", "<i4"), ("crc32", "<u4")])
 BLOCK_ROWS = 2**16  # of samples.npy, under one hash
 
@@ -46,6 +50,19 @@ class Shard:
     num_images: int
     num_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How files became payloads. For encoding `original` the reader does this part: the payload is the file itself.
+
+    `resize_filter` and `crop` as in params.yaml; `encoder` names what else decides about the payloads' bytes. An
+    index.json without them means these defaults.
+    """
+
+    resize_filter: str = "bicubic"
+    crop: str = "center"
+    encoder: str = ""
 
 
 class ShardTable(Sequence[Shard]):
@@ -105,6 +122,7 @@ class ShardIndex:
     sha256: str
     samples_sha256: str = ""
     block_sha256: tuple[str, ...] = ()
+    preparation: Preparation = Preparation()
     _checked: set[int] = field(default_factory=set)
 
     @property
@@ -156,7 +174,8 @@ class ShardIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = (self.image_size, self.channels, self.encoding, self.classes, self.shards)
-        return _attach, (self.folder.absolute(), *fields, self.sha256, self.samples_sha256, self.block_sha256)
+        more = (self.samples_sha256, self.block_sha256, self.preparation)
+        return _attach, (self.folder.absolute(), *fields, self.sha256, *more)
 
 
 def _attach(
@@ -169,10 +188,11 @@ def _attach(
     sha256: str,
     samples_sha256: str,
     block_sha256: tuple[str, ...],
+    preparation: Preparation,
 ) -> ShardIndex:
     samples = _map_samples(folder / SAMPLES_NAME)
     form = (image_size, channels, encoding, classes, shards)
-    return ShardIndex(folder, *form, samples, sha256, samples_sha256, block_sha256)
+    return ShardIndex(folder, *form, samples, sha256, samples_sha256, block_sha256, preparation)
 
 
 def _map_samples(path: Path) -> NDArray[np.void]:
@@ -197,6 +217,7 @@ def save_index(
     classes: tuple[str, ...] | list[str],
     shards: tuple[Shard, ...] | list[Shard],
     samples: NDArray[np.void],
+    preparation: Preparation = Preparation(),
 ) -> None:
     """Write `samples.npy` and then `index.json` into a folder that holds the tars already.
 
@@ -231,6 +252,8 @@ def save_index(
     if len(samples) > BLOCK_ROWS:
         starts = range(0, len(samples), BLOCK_ROWS)
         content["block_sha256"] = [_sha256_rows(samples[start : start + BLOCK_ROWS]) for start in starts]
+    if preparation != Preparation() or encoding == "original":
+        content["preparation"] = asdict(preparation)
     save_json(folder / INDEX_NAME, content)
 
 
@@ -265,13 +288,14 @@ def load_index(folder: str | Path) -> ShardIndex:
         fields = (content["image_size"], content["channels"], content["encoding"], tuple(content["classes"]))
         num_images, expected = content["num_images"], content["samples_sha256"]
         blocks = tuple(content.get("block_sha256", ()))
+        preparation = Preparation(**content.get("preparation", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); {_REBUILD}") from None
     _check_shards(folder, shards)
     samples_path = folder / SAMPLES_NAME
     if not samples_path.is_file():
         raise UserError(f"{samples_path}: missing; {_REBUILD}")
-    index = _attach(folder, *fields, shards, hashlib.sha256(data).hexdigest(), expected, blocks)
+    index = _attach(folder, *fields, shards, hashlib.sha256(data).hexdigest(), expected, blocks, preparation)
     if not blocks:
         verify_samples(index)
     if not index.num_images == num_images == int(shards.num_images.sum()):

@@ -26,7 +26,7 @@ class Batch:
     """One rank's share of a global batch.
 
     Args:
-        images: (b, c, h, w) uint8.
+        images: (b, c, h, w) uint8, or float32 moments of latents.
         labels: (b,) int64; -1 where there is no class.
         positions: (b,) int64 places in the global order.
     """

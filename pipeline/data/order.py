@@ -67,6 +67,27 @@ class RandomOrder:
         return draw_permutation(self.seed, Stream.ORDER, self.num_images, draw=epoch).numpy()
 
 
+class SubsetOrder(RandomOrder):
+    """The same over some of the images.
+
+    Args:
+        ids: `(N,)` of the images, at least 1.
+        seed: in [0, 2**32).
+
+    Example:
+        >>> sorted(SubsetOrder(np.array([7, 2, 9]), seed=0).images_at(np.arange(3, 6)).tolist())
+        [2, 7, 9]
+    """
+
+    def __init__(self, ids: Ids, seed: int) -> None:
+        super().__init__(len(ids), seed)
+        self.ids = ids
+
+    def images_at(self, positions: Ids) -> Ids:
+        """Ids of the images at positions `(b,)`."""
+        return self.ids[super().images_at(positions)]
+
+
 class Lanes:
     """The parts of a batch: slot `k` of `B` belongs to lane `k C // B`, so a rank's slice lies in few lanes.
 

@@ -13,6 +13,11 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1.0)
 
 
+def pixels_to_x0(images: Tensor, places: Tensor) -> Tensor:
+    """uint8 pixels -> [-1, 1], whatever the place: what a step of training takes from the loader."""
+    return to_unit_range(images)
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Float in [-1, 1] -> uint8 by rounding, clipped; undoes :func:`to_unit_range` for all 256 levels.
 

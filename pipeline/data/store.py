@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.audit import Refused
-from pipeline.data.decode import DECODERS
-from pipeline.data.index import Shard, ShardIndex
+from pipeline.data.decode import make_decoder
+from pipeline.data.index import DTYPES, Shard, ShardIndex
 from pipeline.data.writer import encode_npy
 from pipeline.errors import UserError
 
@@ -72,14 +74,15 @@ class ShardStore:
         self.index = index
         self._source = source or LocalSource(index.folder)
         self._shape = (index.image_size, index.image_size, index.channels)
-        self._head = encode_npy(np.zeros(self._shape, np.uint8))[: -int(np.prod(self._shape))]
+        self._dtype = DTYPES.get(index.encoding, np.dtype("u1"))
+        empty = np.zeros(self._shape, self._dtype)
+        self._head = encode_npy(empty)[: -empty.nbytes]
         self._scratch = np.empty(0, np.uint8)
         self._gap = memoryview(bytearray(MAX_GAP_BYTES))
         self._files: OrderedDict[int, int] = OrderedDict()
-        if index.encoding != "raw" and index.encoding not in DECODERS:
-            raise UserError(
-                f"{index.folder}: encoding {index.encoding!r} is unknown; known: raw, {', '.join(DECODERS)}"
-            )
+        if index.encoding not in DTYPES:
+            raise UserError(f"{index.folder}: encoding {index.encoding!r} is unknown; known: {', '.join(DTYPES)}")
+        self._decode = make_decoder(index)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardStore, (self.index, self._source)
@@ -94,8 +97,8 @@ class ShardStore:
             os.close(files.popitem()[1])
 
     def read(
-        self, ids: NDArray[np.integer[Any]], out: NDArray[np.uint8] | None = None
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        self, ids: NDArray[np.integer[Any]], out: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The images and labels of some samples, in the order asked for.
 
         Payloads that lie close together in a tar are read by one call.
@@ -105,7 +108,8 @@ class ShardStore:
             out: where to put the images; made if left out.
 
         Returns:
-            Images uint8 `(b, channels, image_size, image_size)`, contiguous, and labels int64 `(b,)`, -1 for none.
+            Images uint8 (float32 for moments) `(b, channels, image_size, image_size)`, contiguous, and labels int64
+            `(b,)`, -1 for none.
 
         Raises:
             UserError: a record is not what its crc32 in the index says or no such image, or a tar cannot be read.
@@ -117,26 +121,28 @@ class ShardStore:
         rows = self.index.rows(ids)
         labels = rows["label"].astype(np.int64)
         size, _, channels = self._shape
-        images = np.empty((len(ids), channels, size, size), np.uint8) if out is None else out
+        images = np.empty((len(ids), channels, size, size), self._dtype) if out is None else out
         order = np.lexsort((rows["offset"], rows["shard"]))
-        read = self._read_raw if self.index.encoding == "raw" else self._read_encoded
+        read = self._read_raw if self._decode is None else self._read_encoded
         read(ids[order], rows[order], order, images)
         return images, labels
 
-    def _read_raw(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
+    def _read_raw(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[Any]) -> None:
         head = len(self._head)
-        size = head + int(np.prod(self._shape))
+        size = head + int(np.prod(self._shape)) * self._dtype.itemsize
         for place in np.flatnonzero(rows["size"] != size)[:1]:
             raise self._damaged(ids[place], rows[place]["shard"])
         if len(self._scratch) < len(ids) * size:
             self._scratch = np.empty(len(ids) * size, np.uint8)
         buffer = self._scratch[: len(ids) * size]
         self._fetch(ids, rows, [buffer.data[place * size : (place + 1) * size] for place in places.tolist()])
-        pixels = buffer.reshape(len(ids), size)[:, head:].reshape(len(ids), *self._shape)
+        pixels = buffer.reshape(len(ids), size)[:, head:].view(self._dtype).reshape(len(ids), *self._shape)
         np.copyto(images, pixels.transpose(0, 3, 1, 2))
 
     def _read_encoded(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
-        decode, pixels = DECODERS[self.index.encoding], np.empty(self._shape, np.uint8)
+        decode = self._decode
+        assert decode is not None
+        pixels = np.empty(self._shape, np.uint8)
         for start in range(0, len(ids), MAX_NEIGHBOURS):  # bounds the memory: an original may have megabytes
             part = slice(start, start + MAX_NEIGHBOURS)
             payloads = [bytearray(size) for size in rows["size"][part].tolist()]
@@ -202,6 +208,24 @@ class ShardStore:
             f"{self._name(shard)}: sample {number:08d} is damaged (its crc32 differs from the index); delete the "
             "folder and fetch it again (`dvc checkout`) or rebuild it (`dvc repro --force shard`), and check the disk"
         )
+
+
+def read_meta(index: ShardIndex) -> list[dict[str, Any]]:
+    """What the record of each sample says of it, `KEY.json`, in the order of the samples.
+
+    Raises:
+        UserError: a tar can't be read.
+    """
+    found: list[dict[str, Any]] = []
+    for shard in index.shards:
+        path = index.folder / shard.name
+        try:
+            with tarfile.open(path, "r:") as tar:
+                records = (tar.extractfile(member) for member in tar if member.name.endswith(".json"))
+                found += [json.load(record) for record in records if record is not None]
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); fetch the folder again or rebuild it") from None
+    return found
 
 
 class MixedStore:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from pipeline.engine.state import TrainState
 from pipeline.errors import UserError
 from pipeline.runtime.files import load_json, save_json, sha256_file, whole_folder
+from pipeline.runtime.topology import Topology
 
 log = logging.getLogger(__name__)
 MODEL_FORMAT = 2
+WEIGHTS_NAME, GUIDE_NAME = "weights.safetensors", "guide.safetensors"
 
 
 class CheckpointFolder:
@@ -85,6 +88,16 @@ class CheckpointFolder:
         tensors = torch.load(path / "resume.pt", map_location=device, weights_only=True)
         state.load(tensors, load_file(path / "average.safetensors"), content["images_seen"], content["history"])
 
+    def resume(self, state: TrainState, topology: Topology, section: str) -> None:
+        """Load the newest whole checkpoint, the same on every rank; `section` names the training in the log."""
+        newest = topology.from_main((self.newest() or 0) if topology.is_main else 0)
+        if newest:
+            self.load(state, newest, topology.device)
+            if topology.is_main:
+                log.info("%s: going on at %s images, from %s", section, f"{newest:,}", self.root)
+            else:
+                state.sums.zero_()  # the main rank carries the sums of all
+
     def _all(self) -> list[Path]:
         return sorted(path for path in self.root.glob("images-*") if path.is_dir())
 
@@ -93,15 +106,35 @@ def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
-def save_model(folder: Path, network: nn.Module, spec: dict[str, Any], lineage: dict[str, Any]) -> None:
-    """The finished model: `weights.safetensors` and `model.json`, byte-equal for equal training."""
+def save_model(
+    folder: Path,
+    network: nn.Module,
+    spec: dict[str, Any],
+    lineage: dict[str, Any],
+    *,
+    guide: dict[str, Tensor] | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> None:
+    """The finished model: `weights.safetensors` and `model.json`, byte-equal for equal training.
+
+    Args:
+        folder: replaced if it exists.
+        network: whose weights.
+        spec, lineage: what model.json says.
+        guide: weights of a guide, for `guide.safetensors`.
+        files: name -> what else to copy, so that the folder needs no other.
+    """
     with whole_folder(folder) as aside:
-        save_file(_contiguous(network.state_dict()), aside / "weights.safetensors")
+        for name, path in (files or {}).items():
+            shutil.copyfile(path, aside / name)
+        save_file(_contiguous(network.state_dict()), aside / WEIGHTS_NAME)
+        if guide is not None:
+            save_file(_contiguous(guide), aside / GUIDE_NAME)
         save_json(aside / "model.json", {"format": MODEL_FORMAT, **spec, "lineage": lineage})
 
 
-def load_model_spec(folder: Path) -> dict[str, Any]:
-    """Read model.json.
+def load_model_spec(folder: Path, *, stage: str = "train") -> dict[str, Any]:
+    """Read model.json; `stage` is the one that writes it.
 
     Raises:
         UserError: there is none, or it is of another format.
@@ -110,12 +143,19 @@ def load_model_spec(folder: Path) -> dict[str, Any]:
     try:
         spec: dict[str, Any] = load_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable model ({error}); train one with `dvc repro train`") from None
+        raise UserError(f"{path}: no readable model ({error}); train one with `dvc repro {stage}`") from None
     if spec.get("format") != MODEL_FORMAT:
         raise UserError(f"{path}: format {spec.get('format')}, this version reads {MODEL_FORMAT}: train it again")
     return spec
 
 
-def load_weights(folder: Path, network: nn.Module) -> None:
-    """Put `weights.safetensors` of a model folder into a network of the same shape."""
-    network.load_state_dict(load_file(folder / "weights.safetensors"))
+def image_form(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """Channels and size in pixels of the images that a model draws."""
+    if "first_stage" in spec:
+        return spec["first_stage"]["network"]["channels"], spec["first_stage"]["image_size"]
+    return spec["network"]["channels"], spec["network"]["image_size"]
+
+
+def load_weights(folder: Path, network: nn.Module, name: str = WEIGHTS_NAME) -> None:
+    """Put `weights.safetensors` of a model folder, or another file of it, into a network of the same shape."""
+    network.load_state_dict(load_file(folder / name))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from pipeline.data.loader import Batch
 from pipeline.engine.checkpoint import CheckpointFolder
-from pipeline.engine.state import LOGGED, QUARTILES, TrainState
-from pipeline.engine.step import TrainStep
+from pipeline.engine.state import TrainState
+from pipeline.engine.step import OptimizerStep
 from pipeline.errors import Stopped, UserError
+from pipeline.runtime.files import save_text
 from pipeline.runtime.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -50,7 +54,7 @@ class Observers:
 
 
 def train(
-    step: TrainStep,
+    step: OptimizerStep,
     batches: Iterator[Batch],
     plan: LoopPlan,
     checkpoints: CheckpointFolder,
@@ -64,7 +68,7 @@ def train(
         Stopped: a rank was asked to stop; the state is saved.
         UserError: the loss is no longer finite; the last checkpoint stands.
     """
-    state = step.state
+    state, name = step.state, step.plan.section
     started, first = time.monotonic(), state.images_seen
     window = (started, first)
 
@@ -73,7 +77,7 @@ def train(
         return state.images_seen // every > before // every or state.images_seen >= plan.total_images
 
     hidden = None if topology.is_main else True
-    with tqdm(total=plan.total_images, initial=first, unit="img", disable=hidden, desc="train") as bar:
+    with tqdm(total=plan.total_images, initial=first, unit="img", disable=hidden, desc=name) as bar:
         for batch in batches:
             step(batch)
             bar.update(step.plan.batch_size)
@@ -84,14 +88,14 @@ def train(
                 window = (now, state.images_seen)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                 if topology.is_main:
-                    named = {f"train/{name}": value for name, value in row.items() if name != "images"}
-                    observers.metrics({**named, "train/images_per_second": speed}, state.images_seen)
+                    named = {f"{name}/{key}": value for key, value in row.items() if key != "images"}
+                    observers.metrics({**named, f"{name}/images_per_second": speed}, state.images_seen)
             stopping = topology.agree_to_stop(stop_requested())
             if stopping or due(plan.checkpoint_every_images):
-                _save(state, checkpoints, topology)
+                _save(step, checkpoints, topology)
                 if bar.disable and topology.is_main:  # no terminal: one line a checkpoint
                     speed_overall = (state.images_seen - first) / (time.monotonic() - started)
-                    log.info("train: %s of %s images, %.0f images/s", f"{state.images_seen:,}",
+                    log.info("%s: %s of %s images, %.0f images/s", name, f"{state.images_seen:,}",
                              f"{plan.total_images:,}", speed_overall)  # fmt: skip
             if topology.is_main and due(plan.preview_every_images):
                 observers.preview(state.images_seen)
@@ -103,30 +107,40 @@ def train(
                 )
 
 
-def _log_row(state: TrainState, step: TrainStep, topology: Topology) -> dict[str, float]:
+def _log_row(state: TrainState, step: OptimizerStep, topology: Topology) -> dict[str, float]:
     """Close a row of the loss curve: means since the last one, over all ranks. The one place that waits for the
     device."""
+    section = step.plan.section
     images = state.images_seen - (int(state.history[-1]["images"]) if state.history else 0)
     sums = topology.sum_(state.sums).tolist()
     state.sums.zero_()
-    logged, totals, counts = sums[: len(LOGGED)], sums[len(LOGGED) : -len(QUARTILES)], sums[-len(QUARTILES) :]
-    divisors = (images, images, images, images / step.plan.batch_size)
-    row = {name: total / divisor for name, total, divisor in zip(LOGGED, logged, divisors, strict=True)}
-    row |= {name: total / count for name, total, count in zip(QUARTILES, totals, counts, strict=True) if count}
+    row = state.means(sums, images, images / step.plan.batch_size)
     if not all(math.isfinite(value) for value in row.values()):
         raise UserError(
             f"the loss is not finite at {state.images_seen:,} images ({row}); the last checkpoint stands: "
-            "lower train.learning_rate or train.max_grad_norm, or set train.precision to float32"
+            f"lower {section}.learning_rate or {section}.max_grad_norm, or set {section}.precision to float32"
         )
     row = {"images": state.images_seen, **row, "learning_rate": step.plan.learning_rate(state.images_seen)}
     state.history.append(row)
     return row
 
 
-def _save(state: TrainState, checkpoints: CheckpointFolder, topology: Topology) -> None:
+def save_curve(path: Path, state: TrainState) -> None:
+    """The loss curve as a table, one row a log."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=state.columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(state.history)
+    save_text(path, table.getvalue())
+
+
+def _save(step: OptimizerStep, checkpoints: CheckpointFolder, topology: Topology) -> None:
+    state = step.state
     topology.sum_(state.sums)
     if not bool(torch.isfinite(state.sums).all()):
-        raise UserError(f"the loss is not finite before {state.images_seen:,} images: lower train.learning_rate")
+        raise UserError(
+            f"the loss is not finite before {state.images_seen:,} images: lower {step.plan.section}.learning_rate"
+        )
     if topology.is_main:
         checkpoints.save(state)
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +18,10 @@ from tqdm import tqdm
 
 from ddpm_core.frechet import Moments, frechet_distance
 from pipeline.data.index import ShardIndex
-from pipeline.data.store import ShardStore
+from pipeline.data.store import ShardStore, read_meta
 from pipeline.engine.features import Extractor
+from pipeline.errors import UserError
+from pipeline.runtime.files import load_json
 from pipeline.runtime.rng import Stream, draw_permutation
 from pipeline.runtime.topology import Topology
 
@@ -65,10 +69,11 @@ def stream_moments(
             for name, member in members.items():
                 moments[name].add(features[torch.from_numpy(member[chosen])])
             bar.update(len(chosen))
-    return {name: _over_ranks(m, topology) for name, m in moments.items()}
+    return {name: over_ranks(m, topology) for name, m in moments.items()}
 
 
-def _over_ranks(moments: Moments, topology: Topology) -> Moments:
+def over_ranks(moments: Moments, topology: Topology) -> Moments:
+    """The moments of all ranks together."""
     return Moments.from_tensors(*(topology.sum_(tensor) for tensor in moments.to_tensors()))
 
 
@@ -82,6 +87,38 @@ def load_moments(path: Path) -> Moments:
     """Read what :func:`save_moments` wrote."""
     tensors = load_file(path)
     return Moments.from_tensors(tensors["n"], tensors["total"], tensors["outer"])
+
+
+def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """The reference's description and moments.
+
+    Raises:
+        UserError: it is missing or was made from other images.
+    """
+    try:
+        reference: dict[str, Any] = load_json(folder / "reference.json")
+        moments = {name: load_moments(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no readable reference ({error}); run `dvc repro reference`") from None
+    if reference["shard_index_sha256"] != real.sha256:
+        raise UserError(f"{folder} belongs to other shards than {real.folder}: run `dvc repro reference`")
+    return reference, moments
+
+
+def load_reconstruction_scores(path: Path, protocol: str) -> dict[str, float]:
+    """What the encode stage says of the first stage, to stand beside the scores of its samples.
+
+    Raises:
+        UserError: it is missing, or was measured with another extractor.
+    """
+    try:
+        content = load_json(path)
+        if content["protocol"] != protocol:
+            raise UserError(f"{path} was measured as `{content['protocol']}`: run `dvc repro encode` again")
+        names = ("fd_reconstruction", "fd_reconstruction_like_for_like", "psnr_reconstruction")
+        return {name: float(content[name]) for name in names}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no readable scores of reconstructions ({error}); run `dvc repro encode`") from None
 
 
 def mean_distance(first: list[Moments], second: list[Moments]) -> float:
@@ -129,6 +166,42 @@ def class_accuracy(
     order = draw_permutation(0, Stream.HALVES, len(real), draw=1).numpy()
     held_out, rest = np.split(order, [len(real) // 5])
     return agreement(order, samples, asked), agreement(rest, real[held_out], labels[held_out])
+
+
+def context_psnr(real: ShardIndex, samples: ShardIndex) -> dict[str, float | None]:
+    """How near samples with a context are to the images that their contexts were made of, over the predicted pixels.
+
+    10 log10(255^2 / mean squared error), the mean over all pixels of all samples, so that a single perfect one does not
+    make it infinite. A sampler draws one of many possible images: the best mean would score higher and look blurred.
+
+    Returns:
+        `context_psnr` in dB; and `context_psnr_other`, the same against the image of the next sample, what a model
+        gets that ignores its context. None where nothing differs.
+
+    Raises:
+        UserError: the samples don't say of which images they are.
+    """
+    notes = read_meta(samples)
+    if len(notes) != samples.num_images or not all(0 <= note.get("image", -1) < real.num_images for note in notes):
+        raise UserError(f"{samples.folder} does not say which images its contexts are of: run `dvc repro sample`")
+    ids = np.array([note["image"] for note in notes])
+    made, truth = ShardStore(samples), ShardStore(real)
+    errors, pixels = np.zeros(2), 0
+    for start in range(0, len(ids), _CHUNK):
+        places = np.arange(start, min(start + _CHUNK, len(ids)))
+        images = made.read(places)[0].astype(np.float64)
+        inside = np.ones((len(places), 1, *images.shape[2:]), dtype=bool)
+        for place, note in enumerate(notes[start : start + _CHUNK]):
+            if "hole" in note:
+                top, left, height, width = note["hole"]
+                inside[place] = False
+                inside[place, 0, top : top + height, left : left + width] = True
+        pixels += int(inside.sum()) * images.shape[1]
+        for which, shift in enumerate((0, 1)):
+            target = truth.read(ids[(places + shift) % len(ids)])[0]
+            errors[which] += (np.square(images - target) * inside).sum()
+    same, other = (10 * math.log10(255**2 * pixels / error) if error else None for error in errors.tolist())
+    return {"context_psnr": same, "context_psnr_other": other}
 
 
 def memorised_share(candidates: NDArray[np.float32], real: NDArray[np.float32]) -> float:

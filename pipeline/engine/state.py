@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,11 @@ class TrainState:
             then of the losses in each quarter of the chain; then the number of images in each.
         history: the loss curve, one row of `COLUMNS` each time it was logged; a quarter that no image fell in is left
             out.
+        guide: the average as it was at an earlier time, for autoguidance; None before that, or where none is asked for.
     """
+
+    columns: ClassVar[tuple[str, ...]] = COLUMNS
+    norm_place: ClassVar[int] = LOGGED.index("grad_norm")
 
     network: nn.Module
     ema: EMA
@@ -38,10 +43,23 @@ class TrainState:
     images_seen: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(NUM_SUMS, dtype=torch.float64))
     history: list[dict[str, float]] = field(default_factory=list)
+    guide: dict[str, Tensor] | None = None
+
+    def means(self, sums: Sequence[float], images: float, steps: float) -> dict[str, float]:
+        """A row of the loss curve without its ends, from the sums over ranks since the last one."""
+        logged, totals, counts = sums[: len(LOGGED)], sums[len(LOGGED) : -len(QUARTILES)], sums[-len(QUARTILES) :]
+        divisors = (images, images, images, steps)
+        row = {name: total / divisor for name, total, divisor in zip(LOGGED, logged, divisors, strict=True)}
+        return row | {name: total / n for name, total, n in zip(QUARTILES, totals, counts, strict=True) if n}
 
     def tensors(self) -> dict[str, Any]:
         """What a resume needs beside `images_seen`, `history` and the average: tensors, numbers, dicts and lists."""
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self.sums,
+            "guide": self.guide,
+        }
 
     def load(
         self,
@@ -55,4 +73,4 @@ class TrainState:
         self.optimizer.load_state_dict(tensors["optimizer"])
         self.ema.network.load_state_dict(average)
         self.sums.copy_(tensors["sums"])
-        self.images_seen, self.history = images_seen, history
+        self.images_seen, self.history, self.guide = images_seen, history, tensors["guide"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 
 
 def sha256_file(path: str | Path) -> str:
@@ -41,8 +43,27 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def _full_disk(path: Path) -> Iterator[None]:
+    """A disk that is full or read-only becomes one line that names what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(f"{path} can't be written ({error.strerror}); make room and run again") from None
+
+
+@contextmanager
+def whole_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`; on a clean exit its file takes the name `path`, otherwise it is removed.
+
+    Args:
+        path: the file.
+        durable: flush it to the disk before the rename. Without it only a crash of the machine can lose content: for
+            what can be made again.
+
+    Raises:
+        UserError: the disk is full.
 
     Example:
         >>> import tempfile
@@ -53,18 +74,21 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         'all of it'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(descriptor)
-    aside = Path(name)
-    try:
-        yield aside
-        aside.chmod(0o644)
-        _flush(aside)
-        aside.replace(path)
-        _flush(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+    with _full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(descriptor)
+        aside = Path(name)
+        try:
+            yield aside
+            aside.chmod(0o644)
+            if durable:
+                _flush(aside)
+            aside.replace(path)
+            if durable:
+                _flush(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -77,25 +101,29 @@ def whole_folder(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         path: the folder.
         durable: flush every file to the disk before the rename. Without it only a crash of the machine can lose
             content; right for many small files that are quick to make again (a flush costs milliseconds each).
+
+    Raises:
+        UserError: the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left_by_a_kill in path.parent.glob(f".{path.name}.*.part"):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-    try:
-        yield aside
-        aside.chmod(0o755)
-        if durable:
-            for child in sorted(aside.rglob("*")):
-                _flush(child)
-            _flush(aside)
-        if path.exists():
-            shutil.rmtree(path)
-        aside.replace(path)
-        _flush(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with _full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in path.parent.glob(f".{path.name}.*.part"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        try:
+            yield aside
+            aside.chmod(0o755)
+            if durable:
+                for child in sorted(aside.rglob("*")):
+                    _flush(child)
+                _flush(aside)
+            if path.exists():
+                shutil.rmtree(path)
+            aside.replace(path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ image's place in the training order, or a sample's seed.
 from __future__ import annotations
 
 import math
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
+@unique
 class Stream(IntEnum):
     """What a number is for. Two purposes never share numbers."""
 
@@ -31,10 +32,20 @@ class Stream(IntEnum):
     ORDER = 6
     HALVES = 7
     DROPOUT = 8
+    CONTEXT = 9
+    SAMPLE_CONTEXT = 10
+    SAMPLE_IMAGE = 11
     SHARDS = 16
     WINDOW = 17
     BALANCE = 18
     MIX = 19
+    HELD_OUT = 20
+    POSTERIOR = 24  # of the autoencoder, in its own training
+    LATENT = 25  # of the autoencoder, in the training on its latents
+    LIKELIHOOD = 28
+    RESTORE = 29
+    DEGRADE = 30
+    SCORES = 31
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -78,13 +89,14 @@ def _words(seed: int, stream: Stream, positions: Tensor, num_words: int, draw: i
     return torch.stack(philox(counter, (seed & _MASK, int(stream))), dim=-1).flatten(1)
 
 
-def draw_uniform(seed: int, stream: Stream, positions: Tensor) -> Tensor:
+def draw_uniform(seed: int, stream: Stream, positions: Tensor, *, draw: int = 0) -> Tensor:
     """One number in [0, 1) for each position.
 
     Args:
         seed: in [0, 2**32).
         stream: what the numbers are for.
         positions: (b,) integers in [0, 2**62).
+        draw: which of several independent draws of one position, in [0, 2**32).
 
     Returns:
         (b,) float64 on the device of `positions`, a multiple of 2**-32.
@@ -94,7 +106,7 @@ def draw_uniform(seed: int, stream: Stream, positions: Tensor) -> Tensor:
         >>> torch.equal(draw_uniform(0, Stream.FLIP, places)[1:], draw_uniform(0, Stream.FLIP, places[1:]))
         True
     """
-    return _words(seed, stream, positions, 1, 0)[:, 0].double() * 2.0**-32
+    return _words(seed, stream, positions, 1, draw)[:, 0].double() * 2.0**-32
 
 
 def draw_normal(seed: int, stream: Stream, positions: Tensor, shape: tuple[int, ...], *, draw: int = 0) -> Tensor:

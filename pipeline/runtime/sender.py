@@ -1,4 +1,4 @@
-"""From the queue on disk to MLflow. The only importer of mlflow, and only in the thread that sends."""
+"""From the queue on disk to MLflow, in the thread that sends."""
 
 from __future__ import annotations
 
@@ -8,24 +8,16 @@ import math
 import os
 import re
 import time
-import warnings
 from collections import Counter
 from typing import Any
 
 from pipeline.runtime.files import load_json, save_json
 from pipeline.runtime.monitor import CLOCK
+from pipeline.runtime.registry import prepare_mlflow, register_model
 from pipeline.runtime.spool import Spool
 
 LOG = logging.getLogger("pipeline.tracking")
 EXPERIMENT = "ddpm-pipeline"
-SETTINGS = {  # for mlflow, unless the user set them: quiet, no telemetry, and errors at once, since we retry ourselves
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-}
 CHUNK = 50  # values an event
 LIMITS = {"metrics": 800, "params": CHUNK, "tags": CHUNK}  # values a call; the server allows 1000, 100 and 100
 
@@ -53,6 +45,7 @@ class Sender:
         self.deadline = math.inf
         self.floor: dict[str, int] = {}  # last step the server holds, looked up when the spool does not know
         self._client: Any = None
+        self._experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         self._params: dict[str, str] = {}
         self._images: set[tuple[str, int]] = set()
 
@@ -72,16 +65,12 @@ class Sender:
         save_json(self.spool.folder / "sent.json", {"run_id": self.run_id, "offset": offset})
 
     def _connect(self) -> None:
-        for name, value in SETTINGS.items():
-            os.environ.setdefault(name, value)
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of each refused connection
-        warnings.filterwarnings("ignore", module=r"(mlflow|sqlalchemy|alembic)\b")  # mlflow 3.17 on SQLAlchemy 2.1
+        prepare_mlflow()
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self.uri)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-        found = client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else client.create_experiment(name, self.artifacts)
+        found = client.get_experiment_by_name(self._experiment)
+        experiment = found.experiment_id if found else client.create_experiment(self._experiment, self.artifacts)
         runs = client.search_runs([experiment], f"tags.train_key = '{self.train_key}'", order_by=["start_time ASC"])
         if runs:
             run = runs[0]
@@ -177,6 +166,11 @@ class Sender:
                 self._images.add(shown)
         elif kind == "artifact":
             client.log_artifact(self.run_id, self.spool.folder / event["file"], event["folder"])
+        elif kind == "model":
+            register_model(
+                client, str(self.run_id), self._experiment, self.spool.folder / event["place"],
+                score_name=event["name"], score=event["score"], protocol=event["protocol"],
+            )  # fmt: skip
         elif kind == "dataset":
             from mlflow.entities import Dataset, DatasetInput, InputTag
 

@@ -93,6 +93,14 @@ def open_tracker(
     return tracker
 
 
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A model is large and its folder is replaced, never written into: another name for the same bytes will do."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
 class Tracker:
     """What a stage sees. No method raises or waits for the network, except that `close` waits as long as it is told.
 
@@ -169,6 +177,25 @@ class Tracker:
                 self._append("artifact", name=name, folder=folder, file=file)
         except OSError as error:
             LOG.warning("tracking: file %s was not kept: %s", path, error)
+
+    def register_model(self, folder: Path, *, score_name: str, score: float | None, protocol: str) -> None:
+        """Put the model in `folder` into MLflow's registry, under the experiment's name; the alias `best` goes to the
+        lowest score among models scored by the same protocol. The same weights and score are sent once.
+        """
+        if self._sender is None:
+            return
+        spool = self._sender.spool
+        try:
+            place = f"models/{sha256_file(folder / 'weights.safetensors')[:16]}"
+            file = f"{place} {score} {protocol}"
+            if spool.last.get(("model", score_name)) == file:
+                return
+            for source in folder.iterdir():
+                with whole_file(spool.folder / place / source.name) as aside:
+                    _link_or_copy(source, aside)
+            self._append("model", name=score_name, file=file, place=place, score=score, protocol=protocol)
+        except OSError as error:
+            LOG.warning("tracking: model %s was not kept: %s", folder, error)
 
     def set_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
         """Name the data set the model is trained on; MLflow keeps 36 characters of the digest."""

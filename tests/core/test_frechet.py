@@ -7,7 +7,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from ddpm_core.frechet import Moments, frechet_distance
+from ddpm_core.frechet import Moments, frechet_distance, frechet_distance_of_features
 
 
 def draw_features(n: int, dim: int, seed: int = 0) -> Tensor:
@@ -199,3 +199,44 @@ def test_taking_away_what_was_never_there_is_noticed() -> None:
     impossible = moments_of(features).minus(moments_of(5 * features[:20] + 3))
     with pytest.raises(ValueError, match="no subset"):
         frechet_distance(impossible, moments_of(features))
+
+
+@pytest.mark.parametrize(("n", "m"), [(300, 400), (30, 400), (400, 30), (20, 25)])
+def test_from_features_it_is_that_of_their_moments(n: int, m: int) -> None:
+    x, y = draw_features(n, 40, seed=0), 1.3 * draw_features(m, 40, seed=1)
+    expected = frechet_distance(moments_of(x), moments_of(y))
+    assert frechet_distance_of_features(x, y) == pytest.approx(expected, rel=1e-11)
+    assert frechet_distance_of_features(y, x) == pytest.approx(expected, rel=1e-11)
+    assert frechet_distance_of_features(x.float(), y.float()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_other_features_have_no_distance() -> None:
+    good = draw_features(5, 3)
+    for bad in (good[:1], good[0], draw_features(5, 4)):
+        for pair in ((good, bad), (bad, good)):
+            with pytest.raises(ValueError, match=r"expected \(n, d\), \(m, d\), n, m >= 2"):
+                frechet_distance_of_features(*pair)
+    for n in (2, 5):
+        with pytest.raises(ValueError, match="not finite"):
+            frechet_distance_of_features(good[:n], torch.full((n, 3), math.nan))
+
+
+def test_full_rank_in_name_only_takes_the_careful_way() -> None:
+    """A feature that is always 0, one that is twice another, and one that hardly moves: n > dim, and yet singular."""
+    x, y = draw_features(200, 10, seed=0), draw_features(300, 10, seed=1)
+    for features in (x, y):
+        features[:, 0] = 0
+        features[:, 1] = 2 * features[:, 2]
+        features[:, 3] = 1 + 1e-9 * features[:, 3]
+    lean = [torch.cat((f[:, 2:3] * math.sqrt(5), f[:, 4:]), 1) for f in (x, y)]  # the same set in fewer dims
+    expected = frechet_distance(*(moments_of(f) for f in lean)) + float((x[:, 3].mean() - y[:, 3].mean()) ** 2)
+    assert frechet_distance(moments_of(x), moments_of(y)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_cholesky_and_eigenvectors_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = moments_of(draw_features(500, 60, seed=0)), moments_of(1.1 * draw_features(400, 60, seed=1))
+    quick = frechet_distance(*moments)
+    calls = []
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: calls.append(a) or (a, torch.tensor(1)))
+    assert frechet_distance(*moments) == pytest.approx(quick, rel=1e-12)
+    assert len(calls) == 2

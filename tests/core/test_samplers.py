@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from ddpm_core import PARAMETERIZATIONS, SPACINGS, make_timesteps, register_schedule, sample_ddim, sample_ddpm
+from ddpm_core import (
+    BETA_SCHEDULES,
+    PARAMETERIZATIONS,
+    SPACINGS,
+    make_timesteps,
+    register_schedule,
+    sample_ddim,
+    sample_ddpm,
+)
 from ddpm_core.samplers.grid import make_grid
 from tests.worlds import GaussianWorld, noise_source
 
@@ -13,13 +21,14 @@ SHAPE = (40_000, 1)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("timesteps", [1, 2, 7, 50, 1000])
 def test_every_number_of_steps_gives_that_many_different_steps_inside_the_schedule(spacing, timesteps) -> None:
+    falling = torch.linspace(5, -5, timesteps, dtype=torch.float64) ** 3
     for steps in range(1, timesteps + 1):
-        grid = make_timesteps(timesteps, steps, spacing)
+        grid = make_timesteps(timesteps, steps, spacing, log_snr=falling)
         assert len(grid) == len(set(grid)) == steps
         assert grid == sorted(grid, reverse=True)
         assert grid[-1] >= 0
         assert grid[0] < timesteps
-    assert make_timesteps(timesteps, timesteps, spacing) == list(reversed(range(timesteps)))
+    assert grid == list(reversed(range(timesteps)))
 
 
 def test_trailing_starts_in_noise_and_leading_ends_at_the_data() -> None:
@@ -28,6 +37,33 @@ def test_trailing_starts_in_noise_and_leading_ends_at_the_data() -> None:
     assert [make_timesteps(1000, 30, "linspace")[i] for i in (0, -1)] == [999, 0]
     assert make_timesteps(1000, 5, "quad") == [999, 561, 249, 62, 0]
     assert make_timesteps(1000, 500, "quad")[-4:] == [3, 2, 1, 0]  # squares alone give 0, 0, 0, 0
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_even_in_log_snr_gives_exactly_s_steps_from_the_last_to_the_first(name: str, zero_terminal_snr: bool) -> None:
+    schedule = register_schedule(beta_schedule=name, timesteps=120, zero_terminal_snr=zero_terminal_snr)
+    for steps in range(1, 121):
+        grid = [step.t for step in make_grid(schedule, steps, "logsnr")]
+        assert len(set(grid)) == len(grid) == steps
+        assert grid == sorted(grid, reverse=True)
+        assert grid[0] == 119
+        assert grid[-1] == (0 if steps > 1 else 119)
+
+
+def test_even_in_log_snr_is_even_up_to_whole_steps() -> None:
+    """On a long chain a whole step is a small part of log-snr, and nothing has to give way."""
+    schedule = register_schedule(beta_schedule="linear", timesteps=20_000)
+    gains = torch.tensor([step.log_snr_gain for step in make_grid(schedule, 12, "logsnr")][:-1])
+    assert float(gains[:-3].max() / gains[:-3].min()) < 1.002
+    assert float(gains.max() / gains.min()) < 1.06  # beside the data a whole step is a few per cent
+    uneven = torch.tensor([4.0, 2.0, -0.3, -2.0, -4.0], dtype=torch.float64)
+    assert make_timesteps(5, 3, "logsnr", log_snr=uneven) == [4, 2, 0]  # the nearest to 0, from either side
+    assert make_timesteps(5, 3, "logsnr", log_snr=-uneven.flip(0)) == [4, 2, 0]
+    crowded = torch.tensor([4.0, -3.0, -3.5, -3.6, -4.0], dtype=torch.float64)
+    assert make_timesteps(5, 4, "logsnr", log_snr=crowded) == [4, 2, 1, 0]
+    with pytest.raises(ValueError, match="needs the schedule's log_snr"):
+        make_timesteps(1000, 4, "logsnr")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ def test_a_folder_of_images_becomes_a_scored_model_and_one_run(tmp_path: Path) -
     assert len(images) == 2, images
     params = dict(query(folder, "select key, value from params"))
     assert params["train.total_images"] == "320"
+    assert int(params["model.parameters"]) == load_json(folder / "metrics/train.json")["parameters"]
+    assert 0 < float(params["model.gflop_per_image"]) < 0.01
 
     # Again: nothing to do. The metrics and plots commands work, before and after a change.
     commit(folder, "first")

@@ -9,18 +9,23 @@ import torch
 
 import ddpm_core
 from pipeline.build import (
+    build_context,
+    build_guidance,
     build_learning_rate,
     build_network,
     build_order,
     build_precision,
     build_sampler,
     build_schedule,
+    has_learned_variance,
     make_model_spec,
+    place_network,
 )
 from pipeline.config import MixedSet, Params, load_params
 from pipeline.data.index import ShardIndex
 from pipeline.data.order import RandomOrder, WindowedOrder
 from pipeline.data.writer import Sample, write_shards
+from pipeline.engine.context import Colour, Inpaint, SuperResolution
 from pipeline.errors import UserError
 
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
@@ -67,10 +72,14 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
 
 def test_what_can_not_be_built_is_a_user_error() -> None:
     spec = make_model_spec(PARAMS, index())
-    with pytest.raises(UserError, match="known: unet"):
+    with pytest.raises(UserError, match="known: unet, dit"):
         build_network({**spec, "network": {"name": "vit"}})
     with pytest.raises(UserError, match="can't be halved"):
         make_model_spec(changed("model", channel_multipliers=[1, 1, 1, 1, 1]), index())
+    with pytest.raises(UserError, match=r"model\.patch_size is 3, which does not divide images of 8 px"):
+        make_model_spec(changed("model", network="dit", patch_size=3), index())
+    with pytest.raises(UserError, match=r"model\.num_heads is 5, which does not divide a width of 192"):
+        make_model_spec(changed("model", network="dit", num_heads=5), index())
     with pytest.raises(UserError, match="schedule: betas must lie"):
         build_schedule({"schedule": {**spec["schedule"], "beta_schedule": "linear", "timesteps": 10}})
     unconditional = make_model_spec(PARAMS, index(classes=0))
@@ -155,3 +164,97 @@ def test_classes_of_all_mixed_sets_are_sampled() -> None:
     first, second = index(), index()
     first.labels, second.labels = np.array([0, 1, 1]), np.array([7, 1])
     assert make_model_spec(PARAMS, first, second)["labels"] == [0, 1, 7]
+
+
+def test_a_transformer_is_built_by_name_and_has_the_width_of_the_embedding() -> None:
+    """48 base channels, the default, are DiT-Ti: 192 wide, 12 deep, 3 heads."""
+    spec = make_model_spec(changed("model", network="dit"), index())
+    network = build_network(spec)
+    assert isinstance(network, ddpm_core.DiT)
+    assert (spec["network"]["width"], len(network.blocks), network.blocks[0].num_heads) == (192, 12, 3)
+    assert network.input_shape == (1, 8, 8)
+    four = make_model_spec(changed("model", network="dit", num_heads=4, patch_size=4), index())["network"]
+    assert (four["num_heads"], four["patch_size"]) == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm_solver", "heun"])
+def test_a_learned_variance_reaches_network_and_sampler(name: str, sampler: str) -> None:
+    params = changed("model", network=name, learned_variance=True, qk_norm=True, base_channels=8, depth=1)
+    spec = make_model_spec(params, index())
+    assert has_learned_variance(spec)
+    network = build_network(spec).eval()
+    out = network.conv_out if name == "unet" else network.patch_out
+    torch.nn.init.normal_(out.weight, std=0.5)
+    settings = params.sample.model_copy(update={"sampler": sampler, "steps": 3})
+    draw = build_sampler(settings, spec, network, build_schedule(spec))
+    drawn = draw(torch.arange(4))
+    assert drawn.shape == (4, 1, 8, 8)
+    with torch.no_grad():
+        out.bias[len(out.bias) // 2 :] = -2.0  # of the variance alone
+    assert torch.equal(draw(torch.arange(4)), drawn) == (sampler != "ddpm")
+
+
+def test_a_model_from_before_the_learned_variance_has_none() -> None:
+    network = make_model_spec(PARAMS, index())["network"]
+    assert not has_learned_variance({"network": network})
+    assert not has_learned_variance({"network": {key: network[key] for key in network if key != "learned_variance"}})
+
+
+@pytest.mark.parametrize(("asked", "last"), [(None, False), (False, False), (True, True)])
+def test_channels_last_is_for_those_who_ask_or_have_cuda(asked: bool | None, last: bool) -> None:
+    network = build_network(make_model_spec(changed("model", base_channels=8), index()))
+    placed = place_network(network, torch.device("cpu"), asked)
+    weight = placed.get_submodule("down.0.block.conv_in").weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == last
+    assert weight.is_contiguous() != last
+
+
+def test_without_a_context_the_model_is_described_as_before() -> None:
+    spec = make_model_spec(PARAMS, index())
+    assert set(spec) == {"network", "schedule", "parameterization", "classes", "labels"}
+    assert "context_channels" not in spec["network"]
+    assert build_context(spec) is None
+    assert isinstance(build_network(spec), ddpm_core.UNet)
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [("inpaint", (Inpaint(), 4)), ("super_resolution", (SuperResolution(4), 3)), ("colour", (Colour(), 1))],
+)
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_context_reaches_maker_and_network(context: str, expected: tuple, classes: int) -> None:
+    images = index(classes=classes)
+    images.channels = 3
+    spec = make_model_spec(changed("model", context=context, base_channels=8), images)
+    assert (build_context(spec), spec["network"]["context_channels"]) == expected
+    network = build_network(spec).eval()
+    told = {"context": torch.zeros(2, expected[1], 8, 8)}
+    if classes:
+        told["label"] = torch.tensor([0, 3])
+    assert network(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), told).shape == (2, 3, 8, 8)
+    assert any("embedders.label" in name for name, _ in network.named_parameters()) == bool(classes)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"context": "colour"}, "model.context is colour, but the images are grey"),
+        ({"context": "super_resolution", "context_factor": 3}, "context_factor is 3, which does not divide"),
+    ],
+)
+def test_a_context_that_the_images_do_not_allow_is_refused(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_model_spec(changed("model", **values), index())
+
+
+def test_guidance_beside_a_context_drops_the_label_and_keeps_the_context() -> None:
+    spec = make_model_spec(changed("model", context="inpaint", base_channels=8), index())
+    sample = PARAMS.sample.model_copy(update={"guidance": 2.0})
+    denoiser = build_guidance(sample, spec, build_network(spec), build_schedule(spec))
+    assert isinstance(denoiser, ddpm_core.ClassifierFreeGuidance)
+    assert denoiser.null == {"label": len(spec["classes"])}
+    with pytest.raises(UserError, match="classifier_scale is for models without a context"):
+        build_guidance(
+            sample.model_copy(update={"classifier_scale": 1.0}), spec, build_network(spec), build_schedule(spec)
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_core import EMA
-from pipeline.engine.checkpoint import CheckpointFolder, load_model_spec, load_weights, save_model
+from pipeline.engine.checkpoint import GUIDE_NAME, CheckpointFolder, load_model_spec, load_weights, save_model
 from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.errors import UserError
 from pipeline.runtime.files import locked_folder
@@ -42,6 +42,23 @@ def test_what_is_saved_comes_back_in_full(tmp_path: Path) -> None:
     advance(state)
     advance(other)  # the optimizer's moments came along
     assert torch.equal(state.network.weight, other.network.weight)
+
+
+def test_an_earlier_average_is_kept_through_a_checkpoint_and_beside_the_model(tmp_path: Path) -> None:
+    folder, state, other = CheckpointFolder(tmp_path / "s"), make_state(), make_state(1)
+    state.guide = {name: value.clone() for name, value in state.ema.network.state_dict().items()}
+    advance(state)
+    folder.save(state)
+    folder.load(other, 10, torch.device("cpu"))
+    assert other.guide.keys() == state.guide.keys()
+    assert all(torch.equal(other.guide[name], state.guide[name]) for name in state.guide)
+    assert not torch.equal(state.guide["weight"], state.ema.network.weight)
+    save_model(tmp_path / "model", state.ema.network, {}, {}, state.guide)
+    guide = nn.Linear(3, 2)
+    load_weights(tmp_path / "model", guide, GUIDE_NAME)
+    assert torch.equal(guide.weight, state.guide["weight"])
+    save_model(tmp_path / "model", state.ema.network, {}, {})
+    assert not (tmp_path / "model" / GUIDE_NAME).exists()
 
 
 def test_the_newest_are_kept_and_a_damaged_one_is_named_and_skipped(tmp_path: Path, caplog) -> None:

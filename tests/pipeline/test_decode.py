@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from pipeline.data.audit import Refused, open_image, to_pixels
-from pipeline.data.decode import DECODERS, decode_jpeg, decode_original, decode_png
+from pipeline.data.decode import decode_jpeg, decode_original, decode_png
 from pipeline.data.index import SAMPLE_DTYPE, Shard, ShardIndex, load_index, save_index
 from pipeline.data.store import ShardStore
 from pipeline.errors import UserError
@@ -75,10 +75,10 @@ def test_an_original_becomes_what_the_audit_makes_of_it(name: str, channels: int
 
 
 @pytest.mark.parametrize("payload", [b"", b"text", ORIGINALS["colour"][:2000], ORIGINALS["png"][:300], b"\xff\xd8\xff"])
-@pytest.mark.parametrize("encoding", DECODERS)
-def test_what_is_no_image_is_refused(encoding: str, payload: bytes) -> None:
+@pytest.mark.parametrize("decode", [decode_png, decode_jpeg, decode_original])
+def test_what_is_no_image_is_refused(decode: object, payload: bytes) -> None:
     with pytest.raises(Refused):
-        decoded(DECODERS[encoding], payload, (24, 24, 3))
+        decoded(decode, payload, (24, 24, 3))
 
 
 def test_a_wrong_size_or_mode_is_refused() -> None:

@@ -9,7 +9,8 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from pipeline.engine.features import Extractor, find_weights, load_extractor, load_weights, to_input
+from pipeline.engine.features import Extractor, load_extractor
+from pipeline.engine.lite0 import find_weights, load_weights, to_input
 from pipeline.errors import UserError
 
 
@@ -143,8 +144,8 @@ def test_images_of_another_kind_are_refused(extractor: Extractor, images: Tensor
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UserError, match="'inception' is unknown; known: efficientnet_lite0"):
-        load_extractor("inception", "cpu")
+    with pytest.raises(UserError, match="'inception_v4' is unknown; known: efficientnet_lite0"):
+        load_extractor("inception_v4", "cpu")
 
 
 def test_missing_or_changed_weights_name_the_package_and_the_way_out(tmp_path: Path) -> None:

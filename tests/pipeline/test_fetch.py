@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
+from sklearn.datasets import load_sample_images
 
 from pipeline import paths
 from pipeline.errors import UserError
@@ -141,9 +142,58 @@ def test_a_damaged_source_is_named(idx_dir: Path, damage: Callable[[Path], None]
     assert "\n" not in str(caught.value)
 
 
+def test_photo_tiles_are_pieces_of_the_photographs(workspace: Path) -> None:
+    _set(raw=str(paths.RAW), source="photo_tiles")
+    main()
+    files = _tree(paths.RAW)
+    photos = load_sample_images().images
+    assert len(files) == 2 * 25 * 39
+    for name, photo, row, column in (("0/0000.png", 0, 0, 0), ("0/0040.png", 0, 16, 16), ("1/1949.png", 1, 384, 608)):
+        tile = np.asarray(Image.open(paths.RAW / name))
+        assert np.array_equal(tile, photos[photo][row : row + 32, column : column + 32]), name
+
+
 def test_a_failed_fetch_leaves_no_folder(workspace: Path, idx_dir: Path) -> None:
     (idx_dir / IDX_IMAGES).unlink()
     _set(raw=str(paths.RAW), source="idx", idx_dir=str(idx_dir))
     with pytest.raises(UserError, match="neither"):
         main()
     assert not paths.RAW.exists()
+
+
+def test_auto_takes_the_folder_where_it_is_and_says_so(
+    workspace: Path, idx_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _set(raw=str(paths.RAW), source="auto", idx_dir=str(idx_dir))
+    main()
+    text = f"fetch.source is auto: idx, as {idx_dir} is a folder here.\n"
+    assert (paths.RAW / "SOURCE.txt").read_text() == text
+    assert text in capsys.readouterr().out
+    assert len(_tree(paths.RAW)) == 1 + len(IMAGES)
+    _set(raw=str(paths.RAW), source="auto", idx_dir=str(workspace / "nowhere"), max_images="20")
+    main()
+    text = f"fetch.source is auto: digits, as {workspace / 'nowhere'} is absent here.\n"
+    assert (paths.RAW / "SOURCE.txt").read_text() == text
+    assert text in capsys.readouterr().out
+    assert len(_tree(paths.RAW)) == 1 + 20
+
+
+def test_auto_takes_no_refuge_in_digits_from_a_damaged_folder(workspace: Path, idx_dir: Path) -> None:
+    (idx_dir / IDX_IMAGES).unlink()
+    _set(raw=str(paths.RAW), source="auto", idx_dir=str(idx_dir))
+    with pytest.raises(UserError, match="neither"):
+        main()
+
+
+def test_auto_needs_to_know_where_to_look(workspace: Path) -> None:
+    _set(raw=str(paths.RAW), source="auto")
+    with pytest.raises(UserError, match="source is auto, so idx_dir must name"):
+        main()
+
+
+@pytest.mark.parametrize(("most", "places"), [("3", [0, 1, 3]), ("4", [0, 1, 2, 3]), ("5", range(5)), ("9", range(5))])
+def test_fewer_images_are_spread_over_the_set(workspace: Path, idx_dir: Path, most: str, places) -> None:
+    _set(raw=str(paths.RAW), source="idx", idx_dir=str(idx_dir), max_images=most)
+    main()
+    kept = [np.asarray(Image.open(path)) for path in sorted(paths.RAW.rglob("*.png"), key=lambda path: path.name)]
+    assert np.array_equal(kept, IMAGES[list(places)])

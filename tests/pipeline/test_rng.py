@@ -36,6 +36,13 @@ def test_seed_stream_position_and_draw_each_change_the_numbers() -> None:
     assert len({tuple(d.flatten().tolist()) for d in draws}) == len(draws)
 
 
+def test_several_uniform_numbers_of_one_position_differ_and_the_first_is_the_only_one_of_old() -> None:
+    places = torch.arange(5)
+    first, second = (draw_uniform(0, Stream.CONTEXT, places, draw=k) for k in (0, 1))
+    assert torch.equal(first, draw_uniform(0, Stream.CONTEXT, places))
+    assert not (first == second).any()
+
+
 def test_normal_moments_within_four_standard_errors() -> None:
     x = draw_normal(0, Stream.NOISE, torch.arange(1000), (501,)).double()
     n = x.numel()

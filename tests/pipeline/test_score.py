@@ -1,9 +1,16 @@
 """Scores against cases whose answer is plain."""
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from pipeline.engine.score import class_accuracy, halves, memorised_share
+from pipeline.data.index import ShardIndex
+from pipeline.data.store import read_meta
+from pipeline.data.writer import Sample, write_shards
+from pipeline.engine.score import class_accuracy, context_psnr, halves, memorised_share
+from pipeline.errors import UserError
 
 
 def test_copies_are_memorised_and_far_images_are_not() -> None:
@@ -46,3 +53,49 @@ def test_halves_are_disjoint_and_always_the_same() -> None:
     one, other = halves(11, 5)
     assert len(set(one) | set(other)) == 10
     assert halves(11, 5)[0].tolist() == one.tolist()
+
+
+def shards(folder: Path, images: np.ndarray, notes: list[dict]) -> ShardIndex:
+    samples = [Sample(image, None, note) for image, note in zip(images, notes, strict=True)]
+    return write_shards(folder, samples, image_size=4, channels=1, encoding="raw", classes=(), shard_images=3)
+
+
+@pytest.mark.parametrize("chunk", [512, 3])
+def test_the_psnr_counts_predicted_pixels_against_the_image_of_each_context(tmp_path: Path, monkeypatch, chunk) -> None:
+    monkeypatch.setattr("pipeline.engine.score._CHUNK", chunk)
+    real = np.repeat(np.arange(6, dtype=np.uint8) * 10, 16).reshape(6, 4, 4, 1)
+    ids = [4, 0, 3, 3, 5]
+    made = real[ids].copy()
+    made[:, 1:3, 0:2] += 2  # an error of two levels in the hole
+    made[0, 3, 3] = 99  # and one outside of it, which nobody predicted
+    holes = [{"image": i, "hole": [1, 0, 2, 2]} for i in ids]
+    index = shards(tmp_path / "real", real, [{}] * 6)
+    scores = context_psnr(index, shards(tmp_path / "holes", made, holes))
+    others = np.array([ids[(n + 1) % 5] for n in range(5)])
+    error = np.mean((real[ids][:, 0, 0, 0].astype(float) + 2 - real[others][:, 0, 0, 0]) ** 2)
+    assert scores["context_psnr"] == pytest.approx(10 * math.log10(255**2 / 4))
+    assert scores["context_psnr_other"] == pytest.approx(10 * math.log10(255**2 / error))
+    whole = context_psnr(index, shards(tmp_path / "whole", made, [{"image": i} for i in ids]))
+    assert whole["context_psnr"] == pytest.approx(10 * math.log10(255**2 / ((5 * 4 * 4 + 59**2) / 80)))
+
+
+def test_samples_that_equal_their_images_have_no_psnr(tmp_path: Path) -> None:
+    real = np.zeros((3, 4, 4, 1), dtype=np.uint8)
+    index = shards(tmp_path / "real", real, [{"image": i} for i in range(3)])
+    assert context_psnr(index, index) == {"context_psnr": None, "context_psnr_other": None}
+
+
+@pytest.mark.parametrize("note", [{}, {"image": 3}])
+def test_samples_that_do_not_name_their_images_are_refused(tmp_path: Path, note: dict) -> None:
+    real = np.zeros((3, 4, 4, 1), dtype=np.uint8)
+    with pytest.raises(UserError, match="does not say which images"):
+        context_psnr(shards(tmp_path / "real", real, [{}] * 3), shards(tmp_path / "made", real, [note] * 3))
+
+
+def test_notes_of_a_damaged_tar_are_an_error_of_one_line(tmp_path: Path) -> None:
+    index = shards(tmp_path / "real", np.zeros((3, 4, 4, 1), dtype=np.uint8), [{"seed": i} for i in range(3)])
+    assert read_meta(index) == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    path = index.folder / index.shards[0].name
+    path.write_bytes(b"x" * 2048)
+    with pytest.raises(UserError, match=r"00000\.tar: cannot be read"):
+        read_meta(index)

@@ -38,9 +38,10 @@ class Shift(nn.Module):
 def make_step(*, num_timesteps: int = 100, micro_batch: int = BATCH, **changes) -> tuple[TrainStep, Shift]:
     network = Shift()
     state = TrainState(network, EMA(network, 10), torch.optim.AdamW(network.parameters(), lr=0.0))
-    plan = StepPlan(seed=0, batch_size=BATCH, micro_batch=micro_batch, null_label=None, label_dropout=0.0,
-                    horizontal_flip=False, max_grad_norm=1.0, dtype=torch.float32, learning_rate=lambda images: 0.0,
-                    **{"loss": p_losses, **changes})  # fmt: skip
+    plan = StepPlan(seed=0, batch_size=BATCH, micro_batch=micro_batch, max_grad_norm=1.0, dtype=torch.float32,
+                    learning_rate=lambda images: 0.0,
+                    **{"loss": p_losses, "null_label": None, "label_dropout": 0.0, "horizontal_flip": False,
+                       **changes})  # fmt: skip
     schedule = register_schedule(beta_schedule="cosine", timesteps=num_timesteps)
     return TrainStep(plan, state, schedule, Topology(0, 1, 0, 1, torch.device("cpu"))), network
 
@@ -118,6 +119,20 @@ def test_the_loss_by_quarter_is_the_mean_over_its_images(micro_batch: int) -> No
     assert row["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
     assert row["loss"] != row["loss_simple"]
     assert not step.state.sums.any()
+
+
+def test_the_guide_is_the_average_when_its_images_are_reached_and_stays_as_it_was() -> None:
+    step, _ = make_step(guide_images=BATCH + 1)
+    averages, guides = [], []
+    for place in range(3):
+        step.state.ema.network.shift.fill_(1.0 + place)
+        step(batch_at(place))
+        averages.append(step.state.ema.network.shift.clone())
+        guides.append(None if step.state.guide is None else step.state.guide["shift"].clone())
+    assert guides[0] is None
+    assert torch.equal(guides[1], averages[1])
+    assert torch.equal(guides[2], averages[1])
+    assert not torch.equal(averages[2], averages[1])
 
 
 def test_a_quarter_without_images_is_left_out_of_the_row() -> None:

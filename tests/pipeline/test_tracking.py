@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.runtime import tracking
 from pipeline.runtime.files import load_json
 from pipeline.runtime.tracking import Tracker, open_tracker
+from tests.pipeline.test_models import make_model
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +295,15 @@ def test_the_module_imports_neither_mlflow_nor_torch() -> None:
     root = Path(tracking.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_model_is_registered_once_and_the_best_has_its_alias(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", ("cat", "dog"))
+    for score in (2.0, 2.0, 1.5):
+        with begin(tmp_path, "registered") as tracker:
+            tracker.register_model(tmp_path / "model", score_name="fd", score=score, protocol="p")
+    (version,) = client().search_model_versions("name = 'ddpm-pipeline'")
+    assert version.tags["score"] == "1.5"
+    assert client().get_model_version_by_alias("ddpm-pipeline", "best").version == version.version
+    lines = (tmp_path / "tracking/registered/events.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["kind"] == "model" for line in lines) == 2

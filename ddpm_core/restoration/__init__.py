@@ -1,0 +1,1 @@
+"""Inverse problems solved with a trained unconditional denoiser, without training for the problem."""
