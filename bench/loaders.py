@@ -17,6 +17,7 @@ import time
 import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ def load_webdataset(folder: Path, workers: int, decode: Decoder | None) -> Itera
         yield images
 
 
+@cache
 def import_streaming() -> tuple[Any, Any]:
     """mosaicml-streaming without its packages' __init__, which import torchvision and transformers for parts that no
     one uses here: its own files, unchanged."""

@@ -142,18 +142,20 @@ class ShardStore:
     def _read_encoded(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
         decode = self._decode
         assert decode is not None
+        pixels = np.empty(self._shape, np.uint8)
         for start in range(0, len(ids), MAX_NEIGHBOURS):  # bounds the memory: an original may have megabytes
             part = slice(start, start + MAX_NEIGHBOURS)
             payloads = [bytearray(size) for size in rows["size"][part].tolist()]
             self._fetch(ids[part], rows[part], [memoryview(payload) for payload in payloads])
             for number, place, payload in zip(ids[part], places[part], payloads, strict=True):
                 try:
-                    images[place] = decode(bytes(payload), self._shape).transpose(2, 0, 1)
+                    decode(payload, pixels)
                 except Refused as refusal:
                     raise UserError(
                         f"{self._name(self.index.samples[number]['shard'])}: sample {number:08d} {refusal}; leave it "
                         "out or repair it, and write the shards again"
                     ) from None
+                images[place] = pixels.transpose(2, 0, 1)
 
     def _fetch(self, ids: Ids, rows: NDArray[np.void], views: list[memoryview]) -> None:
         """Read and check payloads, sorted by their place. One call reads a run of neighbours, with the gaps between

@@ -136,6 +136,36 @@ def test_each_sampler_name_is_its_own_method_and_the_threshold_reaches_it() -> N
     assert len({draw(sampler=name, dynamic_threshold=share) for name in names for share in shares}) == 8
 
 
+def test_the_order_is_what_params_ask_for(tmp_path: Path) -> None:
+    def write(name: str, count: int) -> ShardIndex:
+        samples = (Sample(np.zeros((4, 4, 1), np.uint8), i % 2) for i in range(count))
+        return write_shards(tmp_path / name, samples, image_size=4, channels=1, encoding="raw", classes=("a", "b"),
+                            shard_images=5)  # fmt: skip
+
+    one, two = write("one", 20), write("two", 31)
+    places = np.arange(40)
+
+    def ids(indexes: list[ShardIndex], **values: object) -> list[int]:
+        return build_order(changed("order", **values), indexes).images_at(places).tolist()
+
+    form = {"batch_size": PARAMS.train.batch_size, "num_lanes": 4, "window_images": 6}
+    assert ids([one]) == RandomOrder(20, PARAMS.train.seed).images_at(places).tolist()
+    windowed = WindowedOrder([5, 5, 5, 5], PARAMS.train.seed, **form)
+    assert ids([one], kind="windowed", lanes=4, window_images=6) == windowed.images_at(places).tolist()
+    assert [i % 2 for i in ids([one], class_balanced=True)].count(0) == 20
+    mix = [MixedSet(shards="one", weight=3.0), MixedSet(shards="two", weight=1.0)]
+    for values in ({}, {"class_balanced": True}, {"kind": "windowed", "lanes": 4, "window_images": 6}):
+        mixed = ids([one, two], mix=mix, **values)
+        assert 28 <= sum(i < 20 for i in mixed) <= 32
+        assert max(mixed) < 51
+
+
+def test_classes_of_all_mixed_sets_are_sampled() -> None:
+    first, second = index(), index()
+    first.labels, second.labels = np.array([0, 1, 1]), np.array([7, 1])
+    assert make_model_spec(PARAMS, first, second)["labels"] == [0, 1, 7]
+
+
 def test_a_transformer_is_built_by_name_and_has_the_width_of_the_embedding() -> None:
     """48 base channels, the default, are DiT-Ti: 192 wide, 12 deep, 3 heads."""
     spec = make_model_spec(changed("model", network="dit"), index())
@@ -228,33 +258,3 @@ def test_guidance_beside_a_context_drops_the_label_and_keeps_the_context() -> No
         build_guidance(
             sample.model_copy(update={"classifier_scale": 1.0}), spec, build_network(spec), build_schedule(spec)
         )
-
-
-def test_the_order_is_what_params_ask_for(tmp_path: Path) -> None:
-    def write(name: str, count: int) -> ShardIndex:
-        samples = (Sample(np.zeros((4, 4, 1), np.uint8), i % 2) for i in range(count))
-        return write_shards(tmp_path / name, samples, image_size=4, channels=1, encoding="raw", classes=("a", "b"),
-                            shard_images=5)  # fmt: skip
-
-    one, two = write("one", 20), write("two", 31)
-    places = np.arange(40)
-
-    def ids(indexes: list[ShardIndex], **values: object) -> list[int]:
-        return build_order(changed("order", **values), indexes).images_at(places).tolist()
-
-    form = {"batch_size": PARAMS.train.batch_size, "num_lanes": 4, "window_images": 6}
-    assert ids([one]) == RandomOrder(20, PARAMS.train.seed).images_at(places).tolist()
-    windowed = WindowedOrder([5, 5, 5, 5], PARAMS.train.seed, **form)
-    assert ids([one], kind="windowed", lanes=4, window_images=6) == windowed.images_at(places).tolist()
-    assert [i % 2 for i in ids([one], class_balanced=True)].count(0) == 20
-    mix = [MixedSet(shards="one", weight=3.0), MixedSet(shards="two", weight=1.0)]
-    for values in ({}, {"class_balanced": True}, {"kind": "windowed", "lanes": 4, "window_images": 6}):
-        mixed = ids([one, two], mix=mix, **values)
-        assert 28 <= sum(i < 20 for i in mixed) <= 32
-        assert max(mixed) < 51
-
-
-def test_classes_of_all_mixed_sets_are_sampled() -> None:
-    first, second = index(), index()
-    first.labels, second.labels = np.array([0, 1, 1]), np.array([7, 1])
-    assert make_model_spec(PARAMS, first, second)["labels"] == [0, 1, 7]
