@@ -64,7 +64,8 @@ class _Steps(Dataset[int]):
         size, channels = indexes[0].image_size, indexes[0].channels
         self.shape = (share.stop - share.start, channels, size, size)
         self.dtype = torch.from_numpy(np.empty(0, DTYPES[indexes[0].encoding])).dtype
-        self.num_bytes = 2 * 8 * self.shape[0] + math.prod(self.shape) * self.dtype.itemsize
+        self.image_bytes = math.prod(self.shape) * self.dtype.itemsize
+        self.num_bytes = 2 * 8 * self.shape[0] + -(-self.image_bytes // 8) * 8  # the next buffer begins with int64
         self.order = order
         self.batch_size = batch_size
         self.share = share
@@ -88,7 +89,8 @@ class _Steps(Dataset[int]):
         """The three parts of a buffer, without copying."""
         size = 8 * self.shape[0]
         labels, positions = buffer[:size].view(torch.int64), buffer[size : 2 * size].view(torch.int64)
-        return Batch(buffer[2 * size :].view(self.dtype).view(self.shape), labels, positions)
+        images = buffer[2 * size : 2 * size + self.image_bytes].view(self.dtype).view(self.shape)
+        return Batch(images, labels, positions)
 
 
 def iterate_batches(

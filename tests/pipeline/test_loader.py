@@ -242,3 +242,20 @@ def test_a_process_that_ends_in_the_midst_of_its_batches_ends(tmp_path: Path) ->
     (tmp_path / "program.py").write_text(program)
     done = run(ROOT, "python", str(tmp_path / "program.py"), str(tmp_path / "shards"), timeout=60, PYTHONPATH=str(ROOT))
     assert done.returncode == 3, done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("encoding", ["raw", "moments"])
+def test_batches_of_any_type_and_odd_size_lie_where_they_should(tmp_path: Path, workers: int, encoding: str) -> None:
+    """5 images of 3 x 3 px are no multiple of eight bytes, at which the numbers of the next batch must begin."""
+    dtype = np.float32 if encoding == "moments" else np.uint8
+    images = np.random.default_rng(0).uniform(0, 255, (20, 3, 3, 1)).astype(dtype)
+    index = write_shards(tmp_path / "s", [Sample(image) for image in images], image_size=3, channels=1,
+                         encoding=encoding, classes=(), shard_images=7)  # fmt: skip
+    order = RandomOrder(20, seed=0)
+    form = {"batch_size": 5, "steps": range(6), "share": slice(0, 5), "workers": workers}
+    for step, batch in enumerate(iterate_batches([index], order, **form)):
+        ids = order.images_at(np.arange(5 * step, 5 * step + 5))
+        assert batch.images.numpy().dtype == dtype
+        assert np.array_equal(batch.images.numpy(), images[ids].transpose(0, 3, 1, 2))
+        assert batch.positions.tolist() == list(range(5 * step, 5 * step + 5))
