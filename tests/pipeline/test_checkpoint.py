@@ -53,7 +53,7 @@ def test_an_earlier_average_is_kept_through_a_checkpoint_and_beside_the_model(tm
     assert other.guide.keys() == state.guide.keys()
     assert all(torch.equal(other.guide[name], state.guide[name]) for name in state.guide)
     assert not torch.equal(state.guide["weight"], state.ema.network.weight)
-    save_model(tmp_path / "model", state.ema.network, {}, {}, state.guide)
+    save_model(tmp_path / "model", state.ema.network, {}, {}, guide=state.guide)
     guide = nn.Linear(3, 2)
     load_weights(tmp_path / "model", guide, GUIDE_NAME)
     assert torch.equal(guide.weight, state.guide["weight"])

@@ -19,7 +19,7 @@ def make_sampler(folder: Path, name: str, steps: int) -> ImageSampler:
     model = make_model(folder, ("a", "b"))
     params = SampleParams(
         seed=3, num_samples=2, sampler=name, steps=steps, spacing="trailing", eta=0.0, guidance=1.0,
-        dynamic_threshold=None,
+        guidance_interval=None, autoguidance=1.0, classifier_scale=0.0, dynamic_threshold=None,
     )  # fmt: skip
     return build_sampler(params, model.spec, model.network, model.schedule)
 

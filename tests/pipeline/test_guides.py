@@ -43,7 +43,7 @@ def make_folders(folder: Path, *, guide: bool = True, **classifier: object) -> t
     for parameter in network.parameters():  # residual branches start at zero, and classes with them
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     other = {name: weight * 0.5 for name, weight in network.state_dict().items()}
-    save_model(folder / "model", network, spec, {}, other if guide else None)
+    save_model(folder / "model", network, spec, {}, guide=other if guide else None)
     other_spec = make_classifier_spec(changed("schedule", **classifier.pop("schedule", {})), index(**classifier))
     save_model(folder / "classifier", build_network(other_spec), other_spec, {})
     return folder / "model", folder / "classifier", spec
