@@ -18,19 +18,18 @@ batches of each, in which workers start.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from bench.peers import LOADERS, python_for
 from bench.report import ROOT, Row, num_cores, run
+from bench.sides import Side
 
 ROUNDS = 5
 NUM_IMAGES = {32: 30_000, 256: 4_000}
@@ -53,40 +52,18 @@ def make_images(folder: Path, px: int, count: int) -> None:
     np.save(folder / f"{px}.labels.npy", random.integers(0, 10, count))
 
 
-class Side:
+class Loader(Side):
     """A loader's process, waiting for its turn."""
 
     def __init__(self, name: str, *arguments: object) -> None:
-        self.name = name
+        super().__init__(name, "bench.loaders", name, *arguments, python=python_of(name))
+        self.title = str(self.about["title"])
         self.rates: list[float] = []
-        command = [python_of(name), "-W", "ignore", "-m", "bench.loaders", name, *map(str, arguments)]
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
-        self.title = str(self._read()["title"])
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        self.close()
-        self.errors.seek(0)
-        raise RuntimeError(f"{self.name}: {(self.errors.read().strip() or 'no output').splitlines()[-1]}")
 
     def turn(self) -> None:
         """One pass."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        answer = self._read()
+        answer = self.take_turn()
         self.rates.append(answer["images"] / answer["seconds"])
-
-    def close(self) -> None:
-        """Let the process end."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
     @property
     def median(self) -> float:
@@ -104,7 +81,7 @@ def compare(bar: str, names: tuple[str, ...], target: float | None, *arguments: 
     sides, notes = [], []
     for name in names:
         try:
-            sides.append(Side(name, *arguments))
+            sides.append(Loader(name, *arguments))
         except RuntimeError as error:
             notes.append(f"left out: {error}")
             print(f"bench: {notes[-1]}", file=sys.stderr)

@@ -61,8 +61,12 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times better ours is, above 1 when it is: ours / peer for rates, peer / ours for times."""
-        return self.ours / self.peer if HIGHER_IS_BETTER[self.unit] else self.peer / self.ours
+        """How many times better ours is, above 1 when it is: ours / peer for rates, peer / ours for times.
+
+        Of the numbers as they are written, so that a reader finds the same.
+        """
+        ours, peer = _written(self.ours), _written(self.peer)
+        return ours / peer if HIGHER_IS_BETTER[self.unit] else peer / ours
 
     @property
     def holds(self) -> bool | None:
@@ -71,8 +75,12 @@ class Row:
 
     def to_json(self, machine: str) -> dict[str, Any]:
         """The row as it stands in a results file."""
-        numbers = {"ours": float(f"{self.ours:.5g}"), "peer": float(f"{self.peer:.5g}"), "ratio": round(self.ratio, 3)}
+        numbers = {"ours": _written(self.ours), "peer": _written(self.peer), "ratio": round(self.ratio, 3)}
         return {**asdict(self), **numbers, "holds": self.holds, "machine": machine}
+
+
+def _written(number: float) -> float:
+    return float(f"{number:.5g}")
 
 
 def find_benchmarks() -> list[str]:
@@ -181,9 +189,6 @@ def make_page() -> str:
         parts.append(make_table(rows))
         parts.append("\n".join(f"- `{row['bar']}`: {row['note']}" for row in rows if row["note"]))
         parts += [f"Machine: {machine}." for machine in dict.fromkeys(row["machine"] for row in rows)]
-    if waiting := sorted(set(find_benchmarks()) - set(load_results())):
-        parts.append("## Written and not yet measured on a quiet machine")
-        parts.append("\n".join(f"- `python -m bench {name}`" for name in waiting))
     parts.append("## Peers that could not be run, and why")
     parts.append("\n".join(f"- **{name}**: {reason}" for name, reason in NOT_RUN.items()))
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -12,53 +12,27 @@ matrix product: the share of what the machine gives, though not a ceiling (some 
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
-import tempfile
-from typing import Any
 
 from bench.peers import PEERS, python_for
-from bench.report import ROOT, Row, num_cores, run
+from bench.report import Row, num_cores, run
+from bench.sides import Side
 
 ROUNDS = 12
 TARGET = 0.95  # within 1.05 of the best peer's step time
 
 
-class Side:
-    """A worker process, warmed up and waiting."""
+class Network(Side):
+    """A side's network in a process, waiting to do a step."""
 
     def __init__(self, name: str, python: str = sys.executable) -> None:
-        self.name = name
+        super().__init__(name, "bench.worker", name, num_cores(), python=python)
         self.seconds: list[float] = []
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [python, "-W", "ignore", "-m", "bench.worker", name, str(num_cores())]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
-        self.about = self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        self.close()
-        self.errors.seek(0)
-        raise RuntimeError(f"{self.name}: {(self.errors.read().strip() or 'no output').splitlines()[-1]}")
 
     def step(self) -> None:
         """One timed step."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        self.seconds.append(self._read()["seconds"])
-
-    def close(self) -> None:
-        """Let the worker end."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.seconds.append(self.take_turn()["seconds"])
 
     @property
     def median(self) -> float:
@@ -75,19 +49,19 @@ class Side:
         return f"{work}, {self.median:.3f} s (fastest {min(self.seconds):.3f}, slowest {max(self.seconds):.3f})"
 
 
-def start_sides() -> tuple[list[Side], list[str]]:
+def start_sides() -> tuple[list[Network], list[str]]:
     """Every side that starts, and for the others a line that says why not."""
-    sides, left_out = [Side("ours"), Side("whole"), Side("sgemm")], []
+    sides, left_out = [Network("ours"), Network("whole"), Network("sgemm")], []
     for peer in PEERS:
         try:
-            sides.append(Side(peer, python_for(peer)))
+            sides.append(Network(peer, python_for(peer)))
         except RuntimeError as error:
             left_out.append(f"left out: {peer} ({error})")
             print(f"bench: {left_out[-1]}", file=sys.stderr)
     return sides, left_out
 
 
-def compare(bar: str, ours: Side, peer: Side, name: str, target: float | None, notes: list[str]) -> Row:
+def compare(bar: str, ours: Network, peer: Network, name: str, target: float | None, notes: list[str]) -> Row:
     """Images a second of two sides by the median, with the ratio by the fastest step in the note."""
     fastest = f"ratio by the fastest step {min(peer.seconds) / min(ours.seconds):.3f}"
     note = "; ".join([f"ours {ours.describe()}; peer {peer.describe()}; {fastest}; {ROUNDS} rounds", *notes])

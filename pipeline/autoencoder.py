@@ -13,10 +13,17 @@ import torch
 
 from ddpm_core import EMA, KLAutoencoder, first_stage_loss
 from pipeline import paths
-from pipeline.build import build_learning_rate, build_optimizer, build_precision
+from pipeline.build.training import (
+    build_batches,
+    build_learning_rate,
+    build_optimizer,
+    build_precision,
+    check_batch_size,
+    count_steps,
+    wants_compile,
+)
 from pipeline.config import AutoencoderParams, load_params
 from pipeline.data.index import ShardIndex, load_index
-from pipeline.data.loader import iterate_batches
 from pipeline.data.order import RandomOrder
 from pipeline.data.pixels import make_grid
 from pipeline.data.store import ShardStore
@@ -108,10 +115,7 @@ def make_step(
     dtype: torch.dtype,
 ) -> AutoencoderStep:
     """Networks, average and optimizers on this rank's device, and the step that trains them."""
-    if params.batch_size < topology.world_size:
-        raise UserError(
-            f"params.yaml: autoencoder.batch_size is {params.batch_size}, less than {topology.world_size} ranks"
-        )
+    check_batch_size(params, topology, section="autoencoder")
     device = topology.device
     network = build_autoencoder(spec, seed=params.seed).to(device)
     adversary = None
@@ -122,7 +126,6 @@ def make_step(
         network, EMA(network, params.ema_half_life_images), build_optimizer(params, network),
         sums=torch.zeros(len(LOGGED), dtype=torch.float64, device=device), adversary=adversary,
     )  # fmt: skip
-    wish = machine.compile if machine.compile is not None else device.type == "cuda"
     plan = AutoencoderPlan(
         seed=params.seed,
         batch_size=params.batch_size,
@@ -130,7 +133,7 @@ def make_step(
         max_grad_norm=params.max_grad_norm,
         dtype=dtype,
         learning_rate=build_learning_rate(params),
-        compile=wish and adversary is None,  # the adaptive weight goes through the graph twice, which it can't do
+        compile=wants_compile(machine, device) and adversary is None,
         horizontal_flip=params.horizontal_flip,
         loss=partial(
             first_stage_loss,
@@ -157,13 +160,8 @@ def run_loop(
 ) -> None:
     """Feed the loop with batches from where the state is to the last step."""
     state = step.state
-    steps = range(state.images_seen // params.batch_size, -(-params.total_images // params.batch_size))
-    on_gpu = topology.device.type == "cuda"
-    batches = iterate_batches(
-        [index], RandomOrder(index.num_images, params.seed),
-        batch_size=params.batch_size, steps=steps, share=topology.slice_of(params.batch_size),
-        workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
-    )  # fmt: skip
+    order = RandomOrder(index.num_images, params.seed)
+    batches = build_batches(params, machine, topology, [index], order, images_seen=state.images_seen)
     ids = np.linspace(0, index.num_images - 1, min(PREVIEW_IMAGES, index.num_images)).astype(np.int64)
 
     def preview(images_seen: int) -> None:
@@ -173,7 +171,7 @@ def run_loop(
         tracker.log_image("reconstructions", make_grid(interleave(images, made, COLUMNS), COLUMNS), images_seen)
 
     plan = LoopPlan(
-        total_images=steps.stop * params.batch_size,
+        total_images=count_steps(params) * params.batch_size,
         log_every_images=params.log_every_images,
         checkpoint_every_images=params.checkpoint_every_images,
         preview_every_images=params.preview_every_images,

@@ -13,27 +13,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm_core import EMA, classifier_loss
+from ddpm_core import classifier_loss
 from pipeline import paths
-from pipeline.build import (
+from pipeline.build.networks import build_network, build_schedule, make_classifier_spec, place_network
+from pipeline.build.training import (
+    build_batches,
     build_learning_rate,
-    build_network,
-    build_optimizer,
     build_precision,
-    build_schedule,
-    make_classifier_spec,
+    build_state,
+    check_batch_size,
+    count_steps,
+    wants_compile,
 )
 from pipeline.config import ClassifierParams, load_params
 from pipeline.data.index import ShardIndex, load_index
-from pipeline.data.loader import iterate_batches
 from pipeline.data.order import SubsetOrder
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.classify import accuracy_by_quarter, split_held_out
 from pipeline.engine.loop import LoopPlan, Observers, train
-from pipeline.engine.state import NUM_SUMS, TrainState
+from pipeline.engine.runs import describe_run
+from pipeline.engine.state import TrainState
 from pipeline.engine.step import StepPlan, TrainStep
-from pipeline.errors import UserError
-from pipeline.lineage import provenance, source_sha256, stage_key
+from pipeline.lineage import source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
 from pipeline.runtime.files import locked_folder, save_json
 from pipeline.runtime.monitor import peak_memory_gib
@@ -55,7 +56,7 @@ def main() -> None:
     assert config is not None  # or there were no spec
     ids, held_out = split_held_out(index.num_images, config.held_out, config.seed)
     with start_topology(machine) as topology:
-        dtype = build_precision(config.precision, topology.device)
+        dtype = build_precision(config.precision, topology.device, section="classifier")
         inputs = {"shards": index.sha256, "precision": str(dtype)}
         key = stage_key("pipeline.classifier", [params.schedule, config], inputs)
         checkpoints = CheckpointFolder(machine.state / "classifier" / key)
@@ -80,12 +81,7 @@ def main() -> None:
 
 def open_run(config: ClassifierParams, machine: Machine, topology: Topology, index: ShardIndex, key: str) -> Tracker:
     """The classifier's own MLflow run; silent on other ranks."""
-    tags = {
-        "shard_index_sha256": index.sha256,
-        "world_size": str(topology.world_size),
-        "mlflow.source.name": "pipeline.classifier",
-        **provenance(),
-    }
+    tags = {"shard_index_sha256": index.sha256, **describe_run(topology, "pipeline.classifier")}
     tracker = open_tracker(
         machine.state, key, run_name=f"classifier-{index.image_size}px-{key[:6]}", tags=tags,
         enabled=topology.is_main and machine.tracking,
@@ -98,17 +94,9 @@ def make_step(
     config: ClassifierParams, machine: Machine, topology: Topology, spec: dict[str, Any], dtype: torch.dtype
 ) -> TrainStep:
     """Network, average and optimizer on this rank's device, and the step that trains them."""
-    if config.batch_size < topology.world_size:
-        raise UserError(
-            f"params.yaml: classifier.batch_size is {config.batch_size}, less than {topology.world_size} ranks"
-        )
+    check_batch_size(config, topology, section="classifier")
     device = topology.device
-    network = build_network(spec, seed=config.seed).to(device)
-    if device.type == "cuda":
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
-    average = EMA(network, config.ema_half_life_images)
-    state = TrainState(network, average, build_optimizer(config, network), sums=sums)
+    network = place_network(build_network(spec, seed=config.seed), device, machine.channels_last)
     plan = StepPlan(
         seed=config.seed,
         batch_size=config.batch_size,
@@ -121,9 +109,9 @@ def make_step(
         learning_rate=build_learning_rate(config),
         loss=classifier_loss,
         section="classifier",
-        compile=machine.compile if machine.compile is not None else device.type == "cuda",
+        compile=wants_compile(machine, device),
     )
-    return TrainStep(plan, state, build_schedule(spec).to(device), topology)
+    return TrainStep(plan, build_state(config, network, device), build_schedule(spec).to(device), topology)
 
 
 def run_loop(
@@ -138,14 +126,9 @@ def run_loop(
     stop: StopRequest,
 ) -> None:
     """Feed the loop with batches of the images `ids` from where the state is to the last step."""
-    steps = range(step.state.images_seen // config.batch_size, -(-config.total_images // config.batch_size))
-    on_gpu = topology.device.type == "cuda"
-    batches = iterate_batches(
-        [index], SubsetOrder(ids, config.seed),
-        batch_size=config.batch_size, steps=steps, share=topology.slice_of(config.batch_size),
-        workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
-    )  # fmt: skip
-    total = steps.stop * config.batch_size
+    order = SubsetOrder(ids, config.seed)
+    batches = build_batches(config, machine, topology, [index], order, images_seen=step.state.images_seen)
+    total = count_steps(config) * config.batch_size
     plan = LoopPlan(total, config.log_every_images, config.checkpoint_every_images, preview_every_images=total)
     observers = Observers(metrics=tracker.log_metrics, preview=lambda images_seen: None)
     train(step, batches, plan, checkpoints, observers, topology, lambda: stop.requested)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.build import build_network, build_schedule
+from pipeline.build.networks import build_network, build_schedule
 from pipeline.config import SampleParams
 from pipeline.engine.checkpoint import GUIDE_NAME, load_model_spec, load_weights
 from pipeline.errors import UserError

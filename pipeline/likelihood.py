@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import paths
-from pipeline.build import build_network, build_schedule
+from pipeline.build.networks import build_network, build_schedule
 from pipeline.config import LikelihoodParams, load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.engine.checkpoint import load_model_spec, load_weights

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddpm_core import NoiseSchedule
-from pipeline.build import build_context, build_network, build_sampler, build_schedule
+from pipeline.build.networks import build_context, build_network, build_schedule
+from pipeline.build.sampling import build_sampler
 from pipeline.config import SampleParams
 from pipeline.data.pixels import to_unit_range
 from pipeline.engine.checkpoint import GUIDE_NAME, load_model_spec, load_weights

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_core import Inpaint, LinearOperator, restore_ddrm
-from pipeline.build import build_operator
+from pipeline.build.operators import build_operator
 from pipeline.data.audit import Refused, open_image, to_pixels
 from pipeline.data.pixels import make_grid, to_uint8, to_unit_range
 from pipeline.errors import UserError

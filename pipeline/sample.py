@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from pipeline import paths
-from pipeline.build import build_network, build_sampler, build_schedule, place_network
+from pipeline.build.networks import build_network, build_schedule, place_network
+from pipeline.build.sampling import build_sampler
 from pipeline.config import SampleParams, load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.writer import Sample, write_shards

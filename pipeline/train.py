@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,36 +12,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpm_core import EMA, count_cost, p_losses
+from ddpm_core import count_cost, p_losses
 from pipeline import paths
-from pipeline.build import (
+from pipeline.build.networks import (
     build_context,
-    build_learning_rate,
     build_network,
-    build_optimizer,
-    build_order,
-    build_precision,
-    build_sampler,
     build_schedule,
-    build_timestep_sampling,
     has_learned_variance,
     inner_network,
     make_model_spec,
     place_network,
 )
-from pipeline.config import Params, SampleParams, load_params
+from pipeline.build.sampling import build_sampler
+from pipeline.build.training import (
+    build_batches,
+    build_learning_rate,
+    build_order,
+    build_precision,
+    build_state,
+    build_timestep_sampling,
+    check_batch_size,
+    count_steps,
+    wants_compile,
+)
+from pipeline.config import Params, SampleParams, TrainParams, load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.index import ShardIndex
-from pipeline.data.loader import iterate_batches
 from pipeline.data.sources import open_sets
 from pipeline.data.store import LocalSource, ShardSource
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
 from pipeline.engine.generate import GRID_ROWS
 from pipeline.engine.loop import LoopPlan, Observers, save_curve, train
 from pipeline.engine.runs import describe_run
-from pipeline.engine.state import NUM_SUMS, TrainState
+from pipeline.engine.state import TrainState
 from pipeline.engine.step import StepPlan, TrainStep
-from pipeline.errors import UserError
 from pipeline.first_stage import WEIGHTS, WEIGHTS_IN_MODEL, LatentSet, build_x0, load_first_stage, load_latents
 from pipeline.lineage import source_sha256, stage_key
 from pipeline.machine import Machine, load_machine
@@ -75,10 +79,16 @@ def main() -> None:
             open_run(params, machine, topology, indexes, lineage) as tracker,
         ):
             step = make_step(params, machine, topology, spec, dtype)
+            preview = make_preview(step, spec, indexes[0], tracker, topology)
             if topology.is_main:
                 report_cost(step.state.network, spec, tracker)
             checkpoints.resume(step.state, topology, step.plan.section)
-            run_loop(step, params, machine, topology, indexes, sources, spec, checkpoints, tracker, stop)
+            order = build_order(params, indexes)
+            batches = build_batches(
+                params.train, machine, topology, indexes, order, images_seen=step.state.images_seen, sources=sources
+            )
+            observers = Observers(metrics=tracker.log_metrics, preview=preview)
+            train(step, batches, make_plan(params.train), checkpoints, observers, topology, lambda: stop.requested)
             if topology.is_main:
                 publish(step.state, spec, lineage, tracker)
             topology.barrier()
@@ -165,14 +175,10 @@ def make_step(
 ) -> TrainStep:
     """Network, average and optimizer on this rank's device, and the step that trains them."""
     config = params.train
-    if config.batch_size < topology.world_size:
-        raise UserError(f"params.yaml: train.batch_size is {config.batch_size}, less than {topology.world_size} ranks")
+    check_batch_size(config, topology, section="train")
     device = topology.device
     network = place_network(build_network(spec, seed=config.seed), device, machine.channels_last)
     inner_network(network).activation_checkpointing = machine.activation_checkpointing
-    sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
-    average = EMA(network, config.ema_half_life_images)
-    state = TrainState(network, average, build_optimizer(config, network), sums=sums)
     plan = StepPlan(
         seed=config.seed,
         batch_size=config.batch_size,
@@ -194,11 +200,11 @@ def make_step(
         ),
         timesteps=build_timestep_sampling(config),
         to_x0=build_x0(spec, config.seed),
-        compile=machine.compile if machine.compile is not None else device.type == "cuda",
+        compile=wants_compile(machine, device),
         context=build_context(spec),
         guide_images=config.guide_images,
     )
-    return TrainStep(plan, state, build_schedule(spec).to(device), topology)
+    return TrainStep(plan, build_state(config, network, device), build_schedule(spec).to(device), topology)
 
 
 def report_cost(network: nn.Module, spec: dict[str, Any], tracker: Tracker) -> None:
@@ -211,44 +217,33 @@ def report_cost(network: nn.Module, spec: dict[str, Any], tracker: Tracker) -> N
              spec["network"]["name"], f"{cost.parameters:,}", gflop)  # fmt: skip
 
 
-def run_loop(
-    step: TrainStep,
-    params: Params,
-    machine: Machine,
-    topology: Topology,
-    indexes: Sequence[ShardIndex],
-    sources: Sequence[ShardSource],
-    spec: dict[str, Any],
-    checkpoints: CheckpointFolder,
-    tracker: Tracker,
-    stop: StopRequest,
-) -> None:
-    """Feed the loop with batches from where the state is to the last step."""
-    config, state = params.train, step.state
-    steps = range(state.images_seen // config.batch_size, -(-config.total_images // config.batch_size))
-    on_gpu = topology.device.type == "cuda"
-    batches = iterate_batches(
-        indexes, build_order(params, indexes),
-        batch_size=config.batch_size, steps=steps, share=topology.slice_of(config.batch_size),
-        workers=machine.workers if machine.workers is not None else 2 * on_gpu, pin_memory=on_gpu,
-        sources=sources,
-    )  # fmt: skip
-    quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
+def make_preview(
+    step: TrainStep, spec: dict[str, Any], images: ShardIndex, tracker: Tracker, topology: Topology
+) -> Callable[[int], None]:
+    """What draws a picture of samples by the average, given the images seen; `images` are for contexts.
+
+    Raises:
+        UserError: the first stage of latents is missing or not theirs.
+    """
     first_stage = load_first_stage(spec, paths.FIRST_STAGE / WEIGHTS, topology.device)
-    sampler = build_sampler(quick, spec, state.ema.network, step.schedule, indexes[0], first_stage)
+    quick = PREVIEW.model_copy(update={"steps": min(PREVIEW.steps, step.schedule.num_timesteps)})
+    sampler = build_sampler(quick, spec, step.state.ema.network, step.schedule, images, first_stage)
 
     def preview(images_seen: int) -> None:
         pixels = sampler(torch.arange(GRID_ROWS * sampler.columns, device=topology.device))
         tracker.log_image("samples", sampler.picture(pixels.cpu().numpy()), images_seen)
 
-    plan = LoopPlan(
-        total_images=steps.stop * config.batch_size,
+    return preview
+
+
+def make_plan(config: TrainParams) -> LoopPlan:
+    """When to stop, log, save and draw."""
+    return LoopPlan(
+        total_images=count_steps(config) * config.batch_size,
         log_every_images=config.log_every_images,
         checkpoint_every_images=config.checkpoint_every_images,
         preview_every_images=config.preview_every_images,
     )
-    observers = Observers(metrics=tracker.log_metrics, preview=preview)
-    train(step, batches, plan, checkpoints, observers, topology, lambda: stop.requested)
 
 
 def publish(state: TrainState, spec: dict[str, Any], lineage: dict[str, Any], tracker: Tracker) -> None:

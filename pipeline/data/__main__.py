@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline import paths
-from pipeline.build import build_order
+from pipeline.build.training import build_order
 from pipeline.config import load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.foreign import Indexed, index_foreign

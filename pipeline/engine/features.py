@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.engine import inception, lite0
-from pipeline.engine.onnx import OnnxNetwork, has_onnxruntime
 from pipeline.errors import UserError
 from pipeline.machine import load_machine
 
@@ -125,10 +125,17 @@ def _place(network: nn.Module, device: torch.device, backend: str) -> nn.Module:
     if device.type != "cpu" or backend == "torch":
         return network.to(device)
     if has_onnxruntime():
+        from pipeline.engine.onnx import OnnxNetwork  # slow to import, and of no use on a GPU
+
         return OnnxNetwork(network)
     if backend == "onnx":
-        raise UserError("PIPELINE_FEATURES is onnx, but onnxruntime is missing: pip install onnxruntime, or use auto")
+        raise UserError("PIPELINE_FEATURES is onnx, but onnx or onnxruntime is missing: install both, or use auto")
     return network
+
+
+def has_onnxruntime() -> bool:
+    """Whether it is installed, with the package that writes its files."""
+    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
 
 
 @contextmanager

@@ -25,11 +25,9 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def test_every_result_has_a_benchmark_and_one_without_results_is_named() -> None:
+def test_every_benchmark_has_results_and_the_other_way_round() -> None:
     assert {"train_step", "import_seconds"} <= set(find_benchmarks())
-    assert set(RESULTS) <= set(find_benchmarks())
-    for name in set(find_benchmarks()) - set(RESULTS):  # said, not hidden
-        assert f"- `python -m bench {name}`" in PAGE.read_text(encoding="utf-8")
+    assert set(RESULTS) == set(find_benchmarks())
     assert all(RESULTS.values())
 
 
@@ -51,7 +49,7 @@ def test_rows_have_the_agreed_keys_and_types(row: dict[str, Any]) -> None:
 def test_ratio_and_verdict_follow_from_the_numbers(row: dict[str, Any]) -> None:
     ours, peer = row["ours"], row["peer"]
     ratio = ours / peer if HIGHER_IS_BETTER[row["unit"]] else peer / ours
-    assert row["ratio"] == pytest.approx(ratio, rel=5e-4, abs=1e-3)  # of numbers that are rounded to four digits
+    assert row["ratio"] == pytest.approx(ratio, abs=1e-3)
     assert row["holds"] == (None if row["target"] is None else row["ratio"] >= row["target"])
 
 

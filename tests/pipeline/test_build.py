@@ -8,19 +8,16 @@ import pytest
 import torch
 
 import ddpm_core
-from pipeline.build import (
+from pipeline.build.networks import (
     build_context,
-    build_guidance,
-    build_learning_rate,
     build_network,
-    build_order,
-    build_precision,
-    build_sampler,
     build_schedule,
     has_learned_variance,
     make_model_spec,
     place_network,
 )
+from pipeline.build.sampling import build_guidance, build_sampler
+from pipeline.build.training import build_learning_rate, build_order, build_precision
 from pipeline.config import MixedSet, Params, load_params
 from pipeline.data.index import ShardIndex
 from pipeline.data.order import RandomOrder, WindowedOrder

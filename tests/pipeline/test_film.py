@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_sampler
+from pipeline.build.sampling import build_sampler
 from pipeline.config import SampleParams
 from pipeline.data.pixels import make_grid, to_uint8
 from pipeline.engine.film import draw_film

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ddpm_core import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, IntervalGuidance
-from pipeline.build import build_guidance, build_network, build_schedule, make_classifier_spec, make_model_spec
+from pipeline.build.networks import build_network, build_schedule, make_classifier_spec, make_model_spec
+from pipeline.build.sampling import build_guidance
 from pipeline.config import Params, load_params
 from pipeline.engine.checkpoint import save_model
 from pipeline.errors import UserError

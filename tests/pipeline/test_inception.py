@@ -162,7 +162,7 @@ def test_both_backends_give_the_same_features(monkeypatch: pytest.MonkeyPatch) -
 def test_without_onnxruntime_auto_is_torch_and_onnx_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.engine.features.has_onnxruntime", lambda: False)
     assert not isinstance(load_extractor("efficientnet_lite0", "cpu", backend="auto").network, OnnxNetwork)
-    with pytest.raises(UserError, match="PIPELINE_FEATURES is onnx, but onnxruntime is missing"):
+    with pytest.raises(UserError, match="PIPELINE_FEATURES is onnx, but onnx or onnxruntime is missing"):
         load_extractor("efficientnet_lite0", "cpu", backend="onnx")
 
 

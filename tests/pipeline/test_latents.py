@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_network, build_sampler, build_schedule, make_model_spec
+from pipeline.build.networks import build_network, build_schedule, make_model_spec
+from pipeline.build.sampling import build_sampler
 from pipeline.config import Params, load_params, params_from
 from pipeline.data.index import load_index
 from pipeline.data.pixels import pixels_to_x0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_network, make_model_spec
+from pipeline.build.networks import build_network, make_model_spec
 from pipeline.config import load_params
 from pipeline.engine.checkpoint import save_model
 from pipeline.errors import UserError

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline import restore
-from pipeline.build import build_kernel, build_operator
+from pipeline.build.operators import build_kernel, build_operator
 from pipeline.engine.checkpoint import save_model
 from pipeline.errors import UserError
 from pipeline.runtime.files import load_json, save_json

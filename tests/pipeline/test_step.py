@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_core import EMA, p_losses, register_schedule, uniform_timesteps
-from pipeline.build import build_timestep_sampling
+from pipeline.build.training import build_timestep_sampling
 from pipeline.config import load_params
 from pipeline.data.loader import Batch
 from pipeline.data.pixels import to_unit_range
