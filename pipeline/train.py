@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ddpm_core import count_cost, p_losses
 from pipeline import paths
@@ -81,7 +80,7 @@ def main() -> None:
             step = make_step(params, machine, topology, spec, dtype)
             preview = make_preview(step, spec, indexes[0], tracker, topology)
             if topology.is_main:
-                report_cost(step.state.network, spec, tracker)
+                report_model(step, spec, tracker)
             checkpoints.resume(step.state, topology, step.plan.section)
             order = build_order(params, indexes)
             batches = build_batches(
@@ -207,14 +206,15 @@ def make_step(
     return TrainStep(plan, build_state(config, network, device), build_schedule(spec).to(device), topology)
 
 
-def report_cost(network: nn.Module, spec: dict[str, Any], tracker: Tracker) -> None:
-    """Say how large the network is and what an image costs it."""
-    inner = inner_network(network)
+def report_model(step: TrainStep, spec: dict[str, Any], tracker: Tracker) -> None:
+    """Say how large the network is, what an image costs it, and how much of the image the last step leaves."""
+    inner = inner_network(step.state.network)
     cost = count_cost(inner, inner.input_shape)
     gflop = cost.flop_per_image / 1e9
     tracker.log_params({"model.parameters": cost.parameters, "model.gflop_per_image": round(gflop, 6)})
-    log.info("train: %s, %s parameters, %.3g GFLOP an image forward",
-             spec["network"]["name"], f"{cost.parameters:,}", gflop)  # fmt: skip
+    signal = float(step.schedule.sqrt_alphas_cumprod[-1])
+    log.info("train: %s, %s parameters, %.3g GFLOP an image forward; the chain ends at sqrt(abar) %.2g",
+             spec["network"]["name"], f"{cost.parameters:,}", gflop, signal)  # fmt: skip
 
 
 def make_preview(
