@@ -74,7 +74,8 @@ def write_tars(images: Images, folder: Path) -> None:
 
     from webdataset import TarWriter
 
-    from pipeline.data.index import SAMPLE_DTYPE, Shard, save_index
+    from pipeline.data.index import SAMPLE_DTYPE, save_index
+    from pipeline.data.shards import Shard
     from pipeline.runtime.files import sha256_file
 
     suffix = "npy" if images.form == "raw" else "jpg"

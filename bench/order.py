@@ -30,8 +30,9 @@ import numpy as np
 import psutil
 
 from bench.report import ROOT, Row, run
-from pipeline.data.index import SAMPLE_DTYPE, Shard, ShardTable, load_index, save_index
+from pipeline.data.index import SAMPLE_DTYPE, load_index, save_index
 from pipeline.data.order import RandomOrder, WindowedOrder
+from pipeline.data.shards import Shard, ShardTable
 
 IMAGES, SHARDS = 10_000_000, 10_000
 BATCH, DRAWS = 256, 1000

@@ -22,7 +22,7 @@ from pipeline.build.training import (
     count_steps,
     wants_compile,
 )
-from pipeline.config import AutoencoderParams, load_params
+from pipeline.config import load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.order import RandomOrder
 from pipeline.data.pixels import make_grid
@@ -42,6 +42,7 @@ from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
 from pipeline.runtime.tracking import Tracker, open_tracker
+from pipeline.sections import AutoencoderParams
 
 log = logging.getLogger(__name__)
 PREVIEW_IMAGES = 40

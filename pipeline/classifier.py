@@ -25,7 +25,7 @@ from pipeline.build.training import (
     count_steps,
     wants_compile,
 )
-from pipeline.config import ClassifierParams, load_params
+from pipeline.config import load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.order import SubsetOrder
 from pipeline.engine.checkpoint import CheckpointFolder, save_model
@@ -41,6 +41,7 @@ from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
 from pipeline.runtime.tracking import Tracker, open_tracker
+from pipeline.sections import ClassifierParams
 
 log = logging.getLogger(__name__)
 

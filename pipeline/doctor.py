@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 import psutil
 
 from pipeline import paths
-from pipeline.config import Params, load_params
+from pipeline.config import load_params
 from pipeline.errors import UserError
 from pipeline.machine import Machine, load_machine
+from pipeline.sections import Params
 
 T = TypeVar("T")
 GIB = 2**30

@@ -21,10 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline import paths
-from pipeline.config import FetchParams, load_params
+from pipeline.config import load_params
 from pipeline.errors import UserError
 from pipeline.runtime.files import whole_folder
 from pipeline.runtime.process import run_stage
+from pipeline.sections import FetchParams
 
 IDX_IMAGES = "train-images-idx3-ubyte"
 IDX_LABELS = "train-labels-idx1-ubyte"

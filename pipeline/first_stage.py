@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ddpm_core import KLAutoencoder, PatchDiscriminator
 from pipeline import paths
-from pipeline.config import AutoencoderParams
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.pixels import pixels_to_x0
 from pipeline.engine.checkpoint import load_model_spec, load_weights
 from pipeline.engine.latents import FirstStage, make_latents
 from pipeline.errors import UserError
 from pipeline.runtime.files import load_json, sha256_file
+from pipeline.sections import AutoencoderParams
 
 NOTE = "latents.json"  # beside the index of the latents: scale, and which first stage made them
 WEIGHTS = "weights.safetensors"

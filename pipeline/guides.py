@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pipeline.build.networks import build_network, build_schedule
-from pipeline.config import SampleParams
 from pipeline.engine.checkpoint import GUIDE_NAME, load_model_spec, load_weights
 from pipeline.errors import UserError
+from pipeline.sections import SampleParams
 
 
 def load_guide(folder: Path, spec: dict[str, Any], device: torch.device) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import paths
 from pipeline.build.networks import build_network, build_schedule
-from pipeline.config import LikelihoodParams, load_params
+from pipeline.config import load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.engine.checkpoint import load_model_spec, load_weights
 from pipeline.engine.likelihood import Likelihood, measure_likelihood, spread_ids
@@ -26,6 +26,7 @@ from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
 from pipeline.runtime.tracking import open_tracker
+from pipeline.sections import LikelihoodParams
 
 log = logging.getLogger(__name__)
 SETS = ("train", "held_out")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ddpm_core import NoiseSchedule
 from pipeline.build.networks import build_context, build_network, build_schedule
 from pipeline.build.sampling import build_sampler
-from pipeline.config import SampleParams
 from pipeline.data.pixels import to_unit_range
 from pipeline.engine.checkpoint import GUIDE_NAME, load_model_spec, load_weights
 from pipeline.engine.context import Context, to_condition
@@ -24,6 +23,7 @@ from pipeline.first_stage import WEIGHTS_IN_MODEL, load_first_stage
 from pipeline.guides import load_classifier, load_guide
 from pipeline.runtime.registry import fetch_model, is_model_uri
 from pipeline.runtime.rng import Stream, draw_normal
+from pipeline.sections import SampleParams
 
 
 class TrainedModel:

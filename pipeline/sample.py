@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline import paths
 from pipeline.build.networks import build_network, build_schedule, place_network
 from pipeline.build.sampling import build_sampler
-from pipeline.config import SampleParams, load_params
+from pipeline.config import load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.checkpoint import image_form, load_model_spec, load_weights
@@ -33,6 +33,7 @@ from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
 from pipeline.runtime.tracking import Tracker, open_tracker
+from pipeline.sections import SampleParams
 
 log = logging.getLogger(__name__)
 SHARD_IMAGES = 10_000

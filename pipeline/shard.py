@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from pipeline import paths
-from pipeline.config import Params, load_params
+from pipeline.config import load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.catalogue import make_file_keys
 from pipeline.data.contact import choose_examples, draw_contact_sheet, draw_sheet
@@ -51,6 +51,7 @@ from pipeline.lineage import source_sha256
 from pipeline.machine import Machine, load_machine
 from pipeline.runtime.files import locked_folder, save_json, save_text, sha256_json, whole_file, whole_folder
 from pipeline.runtime.process import run_stage
+from pipeline.sections import Params
 
 RAW_UP_TO_PX = 64
 KEPT_SECONDS = 7 * 24 * 3600  # for which results for other parameters are kept

@@ -34,7 +34,7 @@ from pipeline.build.training import (
     count_steps,
     wants_compile,
 )
-from pipeline.config import Params, SampleParams, TrainParams, load_params
+from pipeline.config import load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.index import ShardIndex
 from pipeline.data.sources import open_sets
@@ -53,6 +53,7 @@ from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import StopRequest, restart_under_torchrun, run_stage
 from pipeline.runtime.topology import Topology, start_topology
 from pipeline.runtime.tracking import Tracker, open_tracker
+from pipeline.sections import Params, SampleParams, TrainParams
 
 log = logging.getLogger(__name__)
 PREVIEW = SampleParams(

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.data.index import Shard
 from pipeline.data.remote import Patience, RemoteError, RemoteFile, read_pieces
+from pipeline.data.shards import Shard
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -31,9 +31,10 @@ from pipeline.data.audit import Refused, is_grey, to_pixels
 from pipeline.data.cache import ShardCache
 from pipeline.data.decode import AS_AUDITED
 from pipeline.data.examine import RESULT_DTYPE, auto_size, measure_pixels
-from pipeline.data.index import SAMPLE_DTYPE, Preparation, Shard, ShardIndex, load_index, save_index
+from pipeline.data.index import SAMPLE_DTYPE, Preparation, ShardIndex, load_index, save_index
 from pipeline.data.npy import open_original
 from pipeline.data.remote import is_url, open_remote, read_pieces, size_of
+from pipeline.data.shards import Shard
 from pipeline.data.tars import Group, Member, name_shards, read_groups
 from pipeline.errors import UserError
 from pipeline.runtime.files import sha256_file, whole_folder

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.audit import Refused, read_file
 from pipeline.data.examine import NOT_COPIED
-from pipeline.data.index import Shard
 from pipeline.data.listing import Found
+from pipeline.data.shards import Shard
 from pipeline.data.tally import Selection
 from pipeline.data.writer import KEY_DIGITS, SUFFIXES, ShardFile
 from pipeline.errors import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cache import ShardCache
-from pipeline.data.index import INDEX_NAME, SAMPLES_NAME, Shard, ShardIndex, check_alike, load_index, verify_samples
+from pipeline.data.index import INDEX_NAME, SAMPLES_NAME, ShardIndex, check_alike, load_index, verify_samples
 from pipeline.data.remote import (
     Folder,
     RemoteError,
@@ -23,6 +23,7 @@ from pipeline.data.remote import (
     redact,
     size_of,
 )
+from pipeline.data.shards import Shard
 from pipeline.data.store import LocalSource, ShardSource
 from pipeline.errors import UserError
 from pipeline.runtime.files import sha256_file, whole_folder

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.audit import Refused
 from pipeline.data.decode import make_decoder
-from pipeline.data.index import DTYPES, Shard, ShardIndex
+from pipeline.data.index import DTYPES, ShardIndex
+from pipeline.data.shards import Shard
 from pipeline.data.writer import encode_npy
 from pipeline.errors import UserError
 

@@ -19,7 +19,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.index import DTYPES, SAMPLE_DTYPE, Preparation, Shard, ShardIndex, load_index, save_index
+from pipeline.data.index import DTYPES, SAMPLE_DTYPE, Preparation, ShardIndex, load_index, save_index
+from pipeline.data.shards import Shard
 from pipeline.data.ustar import UstarWriter
 from pipeline.errors import UserError
 from pipeline.runtime.files import save_json, whole_folder

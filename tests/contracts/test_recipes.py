@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config import Params, load_params
+from pipeline.config import load_params
 from pipeline.lineage import ROOT
+from pipeline.sections import Params
 
 RECIPES = sorted(path.parent for path in (ROOT / "recipes").glob("*/dvc.yaml"))
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)

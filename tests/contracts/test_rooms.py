@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config import Params
 from pipeline.lineage import ROOT, source_files
+from pipeline.sections import Params
 
 STAGES = ("fetch", "shard", "reference", "train", "sample", "evaluate", "likelihood")
 ALL_STAGES = [path.stem for path in (ROOT / "pipeline").glob("*.py") if "run_stage(main)" in path.read_text()]

@@ -18,12 +18,13 @@ from pipeline.build.networks import (
 )
 from pipeline.build.sampling import build_guidance, build_sampler
 from pipeline.build.training import build_learning_rate, build_order, build_precision
-from pipeline.config import MixedSet, Params, load_params
+from pipeline.config import load_params
 from pipeline.data.index import ShardIndex
 from pipeline.data.order import RandomOrder, WindowedOrder
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.context import Colour, Inpaint, SuperResolution
 from pipeline.errors import UserError
+from pipeline.sections import MixedSet, Params
 
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 

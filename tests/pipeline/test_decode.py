@@ -13,7 +13,8 @@ from sklearn.datasets import load_sample_images
 
 from pipeline.data.audit import Refused, open_image, to_pixels
 from pipeline.data.decode import decode_jpeg, decode_original, decode_png
-from pipeline.data.index import SAMPLE_DTYPE, Shard, ShardIndex, load_index, save_index
+from pipeline.data.index import SAMPLE_DTYPE, ShardIndex, load_index, save_index
+from pipeline.data.shards import Shard
 from pipeline.data.store import ShardStore
 from pipeline.errors import UserError
 from pipeline.runtime.files import sha256_file

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from pipeline.build.sampling import build_sampler
-from pipeline.config import SampleParams
 from pipeline.data.pixels import make_grid, to_uint8
 from pipeline.engine.film import draw_film
 from pipeline.engine.generate import ImageSampler
 from pipeline.runtime.rng import Stream, draw_normal
+from pipeline.sections import SampleParams
 from tests.pipeline.test_models import make_model
 
 

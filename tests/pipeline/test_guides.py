@@ -10,12 +10,13 @@ import torch
 from ddpm_core import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, IntervalGuidance
 from pipeline.build.networks import build_network, build_schedule, make_classifier_spec, make_model_spec
 from pipeline.build.sampling import build_guidance
-from pipeline.config import Params, load_params
+from pipeline.config import load_params
 from pipeline.engine.checkpoint import save_model
 from pipeline.errors import UserError
 from pipeline.guides import load_guides
 from pipeline.lineage import ROOT
 from pipeline.models import load_model
+from pipeline.sections import Params
 
 PARAMS = load_params(ROOT / "recipes/guided/params.yaml")
 OFF = {"guidance": 1.0, "guidance_interval": None, "autoguidance": 1.0, "classifier_scale": 0.0}

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.build.networks import build_network, build_schedule, make_model_spec
 from pipeline.build.sampling import build_sampler
-from pipeline.config import Params, load_params, params_from
+from pipeline.config import load_params, params_from
 from pipeline.data.index import load_index
 from pipeline.data.pixels import pixels_to_x0
 from pipeline.data.store import ShardStore, read_meta
@@ -38,6 +38,7 @@ from pipeline.lineage import ROOT
 from pipeline.models import load_model
 from pipeline.runtime.files import save_json, sha256_file
 from pipeline.runtime.topology import Topology
+from pipeline.sections import Params
 from tests.worlds import GaussianWorld
 
 PARAMS = load_params(ROOT / "recipes/latent/params.yaml")

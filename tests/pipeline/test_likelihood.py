@@ -11,7 +11,7 @@ import torch
 
 from ddpm_core import register_schedule
 from pipeline import likelihood, paths
-from pipeline.config import LikelihoodParams, load_params
+from pipeline.config import load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.store import ShardStore
 from pipeline.data.writer import Sample, write_shards
@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.likelihood import measure, publish, summary
 from pipeline.runtime.files import load_json
 from pipeline.runtime.rng import Stream, draw_normal
+from pipeline.sections import LikelihoodParams
 from tests.core.test_likelihood import LearnedWorld
 from tests.pipeline.test_models import make_model
 from tests.projects import make_project, stage

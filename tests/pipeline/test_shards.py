@@ -16,15 +16,8 @@ from PIL import Image
 
 from pipeline.data import index as index_module
 from pipeline.data import store as store_module
-from pipeline.data.index import (
-    SAMPLE_DTYPE,
-    Shard,
-    ShardIndex,
-    check_alike,
-    load_index,
-    save_index,
-    verify_samples,
-)
+from pipeline.data.index import SAMPLE_DTYPE, ShardIndex, check_alike, load_index, save_index, verify_samples
+from pipeline.data.shards import Shard
 from pipeline.data.store import ShardStore
 from pipeline.data.writer import Sample, write_shards
 from pipeline.errors import UserError
