@@ -20,7 +20,7 @@ from pipeline.build.sampling import build_sampler
 from pipeline.config import load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.writer import Sample, write_shards
-from pipeline.engine.checkpoint import image_form, load_model_spec, load_weights
+from pipeline.engine.checkpoint import GUIDE_NAME, WEIGHTS_NAME, image_form, load_model_spec, load_weights
 from pipeline.engine.film import draw_film
 from pipeline.engine.generate import GRID_ROWS, ImageSampler, generate_blocks, read_blocks
 from pipeline.errors import UserError
@@ -84,10 +84,10 @@ def load_context_images(spec: dict[str, Any]) -> ShardIndex | None:
 
 def input_files(params: SampleParams) -> dict[str, Path]:
     """The files that reach the samples, by name."""
-    files = {"weights": paths.MODEL / "weights.safetensors", "spec": paths.MODEL / "model.json"}
+    files = {"weights": paths.MODEL / WEIGHTS_NAME, "spec": paths.MODEL / "model.json"}
     others = {
-        "guide": (params.autoguidance != 1, paths.MODEL / "guide.safetensors"),
-        "classifier": (params.classifier_scale != 0, paths.CLASSIFIER / "weights.safetensors"),
+        "guide": (params.autoguidance != 1, paths.MODEL / GUIDE_NAME),
+        "classifier": (params.classifier_scale != 0, paths.CLASSIFIER / WEIGHTS_NAME),
         "classifier_spec": (params.classifier_scale != 0, paths.CLASSIFIER / "model.json"),
     }
     return files | {name: path for name, (asked, path) in others.items() if asked and path.is_file()}

@@ -34,7 +34,7 @@ from pipeline.config import load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.catalogue import make_file_keys
 from pipeline.data.contact import choose_examples, draw_contact_sheet, draw_sheet
-from pipeline.data.duplicates import draw_held_out, find_duplicates, list_duplicates
+from pipeline.data.duplicates import Duplicates, draw_held_out, find_duplicates, list_duplicates
 from pipeline.data.examine import HEADER_DTYPE, RESULT_DTYPE, Form, auto_size, examine_files, survey_files
 from pipeline.data.foreign import Indexed, index_foreign
 from pipeline.data.index import Preparation, ShardIndex, load_index, save_index
@@ -88,10 +88,8 @@ def main() -> None:
         if worker:
             return
         index = publish(form, listing.classes, tars)
-        classes = count_classes(listing, selection, held_out)
-        report = make_report(listing, form, index, selection, duplicates, held_out, classes)
-        save_text(paths.DUPLICATES, make_table(list_duplicates(selection.images, duplicates)))
-        finish(report, classes, partial(draw_contact_sheet, raw, form, selection.images))
+        draw = partial(draw_contact_sheet, raw, form, selection.images)
+        report(listing, form, index, selection, duplicates, held_out, draw)
         results.prune(work.keys)
         forget_others(state)
 
@@ -134,15 +132,12 @@ def index_tars(params: Params, machine: Machine) -> None:
                 config.resize_filter, config.crop)  # fmt: skip
     duplicates = find_duplicates(selection.rows, form.channels, form.image_size, config.near_duplicate_bits)
     listing, held_out = Listing(selection.images, index.classes, [], 0, 0), np.zeros(index.num_images, np.bool_)
-    classes = count_classes(listing, selection, held_out)
-    report = make_report(listing, form, index, selection, duplicates, held_out, classes)
-    save_text(paths.DUPLICATES, make_table(list_duplicates(selection.images, duplicates)))
     store = ShardStore(*open_shards(paths.SHARDS, "", cache))
     examples = [
         (name, list(store.read(np.array(ids))[0].transpose(0, 2, 3, 1)))
         for name, ids in choose_examples(selection.images)
     ]
-    finish(report, classes, partial(draw_sheet, examples=examples))
+    report(listing, form, index, selection, duplicates, held_out, partial(draw_sheet, examples=examples))
 
 
 def make_key(raw: str, form: dict[str, Any]) -> str:
@@ -218,18 +213,29 @@ def publish(form: Form, classes: tuple[str, ...], tars: dict[bool, list[Tar]]) -
     return load_index(paths.SHARDS)
 
 
-def finish(report: dict[str, Any], classes: list[ClassCount], draw: Callable[[str], Image.Image]) -> None:
-    """Write the rest of the report, `draw` the contact sheet under a title, and print what a person must know."""
+def report(
+    listing: Listing,
+    form: Form,
+    index: ShardIndex,
+    selection: Selection,
+    duplicates: Duplicates,
+    held_out: NDArray[np.bool_],
+    draw: Callable[[str], Image.Image],
+) -> None:
+    """Write the report, `draw` the contact sheet under a title, and print what a person must know."""
+    classes = count_classes(listing, selection, held_out)
+    numbers = make_report(listing, form, index, selection, duplicates, held_out, classes)
+    save_text(paths.DUPLICATES, make_table(list_duplicates(selection.images, duplicates)))
     save_text(paths.CLASSES, make_table([ClassCount._fields, *classes]))
     title = (
-        f"{report['num_images']:,} images of {report['image_size']} px, {report['channels']} channels, "
-        f"{report['num_classes']} classes in {report['num_shards']} shards; {report['num_held_out']:,} held out, "
-        f"{report['num_refused']:,} refused, {report['num_skipped']:,} skipped, "
-        f"{report['num_duplicates']:,} duplicates and {report['num_near_duplicates']:,} near ones"
+        f"{numbers['num_images']:,} images of {numbers['image_size']} px, {numbers['channels']} channels, "
+        f"{numbers['num_classes']} classes in {numbers['num_shards']} shards; {numbers['num_held_out']:,} held out, "
+        f"{numbers['num_refused']:,} refused, {numbers['num_skipped']:,} skipped, "
+        f"{numbers['num_duplicates']:,} duplicates and {numbers['num_near_duplicates']:,} near ones"
     )
     with whole_file(paths.CONTACT_SHEET) as aside:
         draw(title).save(aside, "PNG")
-    save_json(paths.SHARD_REPORT, report)
+    save_json(paths.SHARD_REPORT, numbers)
     for row in classes:
         if row.images == 0:
             why = f"all of it is held out, see {paths.CLASSES}" if row.held_out else f"see {paths.REFUSED}"
