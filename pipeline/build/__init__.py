@@ -1,0 +1,1 @@
+"""The only place where a name in params.yaml or model.json becomes an object."""
