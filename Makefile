@@ -19,8 +19,9 @@ help: ## list the targets
 repro: .venv/.ready ## from images to a trained model, its samples and its score
 	$(BIN)/dvc repro
 
+# One thread each: workers with threads of their own would wait for each other's.
 test: .venv/.ready ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 PIPELINE_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 coverage: .venv/.ready ## every branch of the mathematics is taken by a test
 	COVERAGE_FILE=.venv/.coverage $(BIN)/python -m pytest -q -n 2 tests/core ddpm_core \
