@@ -32,7 +32,7 @@ class Batch:
     """One rank's share of a global batch.
 
     Args:
-        images: (b, c, h, w) uint8, or float32 moments of latents.
+        images: (b, c, h, w) uint8, or float32 moments of latents; channels last in memory, as they are stored.
         labels: (b,) int64; -1 where there is no class.
         positions: (b,) int64 places in the global order.
     """
@@ -62,7 +62,7 @@ class _Steps(Dataset[int]):
         stores = [ShardStore(index, source) for index, source in zip(indexes, sources, strict=True)]
         self.store = stores[0] if len(stores) == 1 else MixedStore(stores)
         size, channels = indexes[0].image_size, indexes[0].channels
-        self.shape = (share.stop - share.start, channels, size, size)
+        self.shape = (share.stop - share.start, size, size, channels)
         self.dtype = torch.from_numpy(np.empty(0, DTYPES[indexes[0].encoding])).dtype
         self.image_bytes = math.prod(self.shape) * self.dtype.itemsize
         self.num_bytes = 2 * 8 * self.shape[0] + -(-self.image_bytes // 8) * 8  # the next buffer begins with int64
@@ -82,7 +82,7 @@ class _Steps(Dataset[int]):
         start = step * self.batch_size
         torch.arange(start + self.share.start, start + self.share.stop, out=batch.positions)
         ids = self.order.images_at(batch.positions.numpy())
-        batch.labels.numpy()[:] = self.store.read(ids, batch.images.numpy())[1]
+        batch.labels.numpy()[:] = self.store.fill(ids, batch.images.permute(0, 2, 3, 1).numpy())
         return batch
 
     def unpack(self, buffer: Tensor) -> Batch:
@@ -90,7 +90,7 @@ class _Steps(Dataset[int]):
         size = 8 * self.shape[0]
         labels, positions = buffer[:size].view(torch.int64), buffer[size : 2 * size].view(torch.int64)
         images = buffer[2 * size : 2 * size + self.image_bytes].view(self.dtype).view(self.shape)
-        return Batch(images, labels, positions)
+        return Batch(images.permute(0, 3, 1, 2), labels, positions)
 
 
 def iterate_batches(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return images.float().div_(127.5).sub_(1.0)
+    """uint8 0..255 -> float32 in [-1, 1], contiguous: convolutions of another layout round otherwise."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def pixels_to_x0(images: Tensor, places: Tensor) -> Tensor:

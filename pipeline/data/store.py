@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tarfile
 import zlib
@@ -56,7 +57,7 @@ class ShardStore:
     Not for several threads at once.
 
     Args:
-        index: the set.
+        index: the set; `shape` (h, w, c) and `dtype` are those of its images.
         source: where its tars are; the index's own folder if left out. Pickled with the store.
 
     Example:
@@ -74,11 +75,10 @@ class ShardStore:
     def __init__(self, index: ShardIndex, source: ShardSource | None = None) -> None:
         self.index = index
         self._source = source or LocalSource(index.folder)
-        self._shape = (index.image_size, index.image_size, index.channels)
-        self._dtype = DTYPES.get(index.encoding, np.dtype("u1"))
-        empty = np.zeros(self._shape, self._dtype)
+        self.shape = (index.image_size, index.image_size, index.channels)
+        self.dtype = DTYPES.get(index.encoding, np.dtype("u1"))
+        empty = np.zeros(self.shape, self.dtype)
         self._head = encode_npy(empty)[: -empty.nbytes]
-        self._scratch = np.empty(0, np.uint8)
         self._gap = memoryview(bytearray(MAX_GAP_BYTES))
         self._files: OrderedDict[int, int] = OrderedDict()
         if index.encoding not in DTYPES:
@@ -97,16 +97,11 @@ class ShardStore:
         while files:
             os.close(files.popitem()[1])
 
-    def read(
-        self, ids: NDArray[np.integer[Any]], out: NDArray[Any] | None = None
-    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def read(self, ids: NDArray[np.integer[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The images and labels of some samples, in the order asked for.
-
-        Payloads that lie close together in a tar are read by one call.
 
         Args:
             ids: sample numbers `(b,)` in `[0, num_images)`; may repeat.
-            out: where to put the images; made if left out.
 
         Returns:
             Images uint8 (float32 for moments) `(b, channels, image_size, image_size)`, contiguous, and labels int64
@@ -116,51 +111,62 @@ class ShardStore:
             UserError: a record is not what its crc32 in the index says or no such image, or a tar cannot be read.
             IndexError: an id is out of range.
         """
+        pixels = np.empty((len(ids), *self.shape), self.dtype)
+        labels = self.fill(ids, pixels)
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), labels
+
+    def fill(self, ids: NDArray[np.integer[Any]], pixels: NDArray[Any]) -> NDArray[np.int64]:
+        """As :meth:`read`, but every image goes straight to its place, as it is stored: channels last.
+
+        Payloads that lie close together in a tar are read by one call.
+
+        Args:
+            ids: as there.
+            pixels: `(b, image_size, image_size, channels)`, C-contiguous; filled.
+
+        Returns:
+            labels int64 `(b,)`, -1 for none.
+        """
         ids = np.asarray(ids)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.index.num_images:
             raise IndexError(f"ids in [{ids.min()}, {ids.max()}], but the set has {self.index.num_images} images")
         rows = self.index.rows(ids)
-        labels = rows["label"].astype(np.int64)
-        size, _, channels = self._shape
-        images = np.empty((len(ids), channels, size, size), self._dtype) if out is None else out
         order = np.lexsort((rows["offset"], rows["shard"]))
-        read = self._read_raw if self._decode is None else self._read_encoded
-        read(ids[order], rows[order], order, images)
-        return images, labels
+        fill = self._fill_raw if self._decode is None else self._fill_encoded
+        fill(ids[order], rows[order], order, pixels)
+        return rows["label"].astype(np.int64)
 
-    def _read_raw(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[Any]) -> None:
-        head = len(self._head)
-        size = head + int(np.prod(self._shape)) * self._dtype.itemsize
-        for place in np.flatnonzero(rows["size"] != size)[:1]:
+    def _fill_raw(self, ids: Ids, rows: NDArray[np.void], places: Ids, pixels: NDArray[Any]) -> None:
+        head, size = len(self._head), math.prod(self.shape) * self.dtype.itemsize
+        for place in np.flatnonzero(rows["size"] != head + size)[:1]:
             raise self._damaged(ids[place], rows[place]["shard"])
-        if len(self._scratch) < len(ids) * size:
-            self._scratch = np.empty(len(ids) * size, np.uint8)
-        buffer = self._scratch[: len(ids) * size]
-        self._fetch(ids, rows, [buffer.data[place * size : (place + 1) * size] for place in places.tolist()])
-        pixels = buffer.reshape(len(ids), size)[:, head:].view(self._dtype).reshape(len(ids), *self._shape)
-        np.copyto(images, pixels.transpose(0, 3, 1, 2))
+        if not pixels.size:
+            return
+        heads, target = memoryview(bytearray(head * len(ids))), memoryview(pixels).cast("B")
+        self._fetch(ids, rows, [
+            (heads[place * head : (place + 1) * head], target[place * size : (place + 1) * size])
+            for place in places.tolist()
+        ])  # fmt: skip
 
-    def _read_encoded(self, ids: Ids, rows: NDArray[np.void], places: Ids, images: NDArray[np.uint8]) -> None:
+    def _fill_encoded(self, ids: Ids, rows: NDArray[np.void], places: Ids, pixels: NDArray[np.uint8]) -> None:
         decode = self._decode
         assert decode is not None
-        pixels = np.empty(self._shape, np.uint8)
         for start in range(0, len(ids), MAX_NEIGHBOURS):  # bounds the memory: an original may have megabytes
             part = slice(start, start + MAX_NEIGHBOURS)
             payloads = [bytearray(size) for size in rows["size"][part].tolist()]
-            self._fetch(ids[part], rows[part], [memoryview(payload) for payload in payloads])
+            self._fetch(ids[part], rows[part], [(memoryview(payload),) for payload in payloads])
             for number, place, payload in zip(ids[part], places[part], payloads, strict=True):
                 try:
-                    decode(payload, pixels)
+                    decode(payload, pixels[place])
                 except Refused as refusal:
                     raise UserError(
                         f"{self._name(self.index.samples[number]['shard'])}: sample {number:08d} {refusal}; leave it "
                         "out or repair it, and write the shards again"
                     ) from None
-                images[place] = pixels.transpose(2, 0, 1)
 
-    def _fetch(self, ids: Ids, rows: NDArray[np.void], views: list[memoryview]) -> None:
-        """Read and check payloads, sorted by their place. One call reads a run of neighbours, with the gaps between
-        them into a scratch buffer."""
+    def _fetch(self, ids: Ids, rows: NDArray[np.void], views: Sequence[tuple[memoryview, ...]]) -> None:
+        """Read and check payloads, sorted by their place, each into its pieces of memory. One call reads a run of
+        neighbours, with the gaps between them into a scratch buffer."""
         offsets = rows["offset"].astype(np.int64)
         gaps = (offsets[1:] - offsets[:-1] - rows["size"][:-1]).tolist()
         values, count, start, shard, descriptor = rows.tolist(), len(rows), 0, -1, -1
@@ -168,11 +174,11 @@ class ShardStore:
             offset, size, own, _, _ = values[start]
             if own != shard:
                 shard, descriptor = own, self._open(own)
-            vectors, stop = [views[start]], start + 1
+            vectors, stop = [*views[start]], start + 1
             while stop < count and values[stop][2] == shard and 0 <= (gap := gaps[stop - 1]) <= MAX_GAP_BYTES:
                 if stop - start == MAX_NEIGHBOURS:
                     break
-                vectors += (self._gap[:gap], views[stop])
+                vectors += (self._gap[:gap], *views[stop])
                 size += gap + values[stop][1]
                 stop += 1
             try:
@@ -180,7 +186,10 @@ class ShardStore:
             except OSError as error:
                 raise UserError(f"{self._name(shard)}: {error.strerror}; check the disk and run again") from None
             for place in range(start, stop):
-                if not whole or zlib.crc32(views[place]) != values[place][4]:
+                crc = 0
+                for view in views[place]:
+                    crc = zlib.crc32(view, crc)
+                if not whole or crc != values[place][4]:
                     raise self._damaged(ids[place], shard)
             start = stop
 
@@ -240,19 +249,22 @@ class MixedStore:
         self._stores = stores
         self._ends = np.cumsum([store.index.num_images for store in stores])
 
-    def read(
-        self, ids: NDArray[np.integer[Any]], out: NDArray[np.uint8] | None = None
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def read(self, ids: NDArray[np.integer[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """As :meth:`ShardStore.read`."""
-        index = self._stores[0].index
-        shape = (len(ids), index.channels, index.image_size, index.image_size)
-        images = np.empty(shape, np.uint8) if out is None else out
+        pixels = np.empty((len(ids), *self._stores[0].shape), self._stores[0].dtype)
+        labels = self.fill(ids, pixels)
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), labels
+
+    def fill(self, ids: NDArray[np.integer[Any]], pixels: NDArray[Any]) -> NDArray[np.int64]:
+        """As :meth:`ShardStore.fill`."""
         labels = np.empty(len(ids), np.int64)
         sets = np.searchsorted(self._ends, ids, side="right")
         for number in np.unique(sets).tolist():
             here, store = sets == number, self._stores[number]
-            images[here], labels[here] = store.read(ids[here] - (self._ends[number] - store.index.num_images))
-        return images, labels
+            part = np.empty((int(here.sum()), *store.shape), store.dtype)
+            labels[here] = store.fill(ids[here] - (self._ends[number] - store.index.num_images), part)
+            pixels[here] = part
+        return labels
 
 
 def _read_rest(descriptor: int, vectors: list[memoryview], offset: int) -> bool:

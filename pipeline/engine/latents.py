@@ -54,7 +54,7 @@ def make_latents(moments: Tensor, places: Tensor, *, seed: int, scale: float) ->
     Returns:
         (b, z, h, w) of standard deviation about 1; nowhere clipped.
     """
-    mean, log_variance = moments.chunk(2, dim=1)
+    mean, log_variance = moments.contiguous().chunk(2, dim=1)
     noise = draw_normal(seed, Stream.LATENT, places, tuple(mean.shape[1:]))
     return reparameterize(mean, log_variance, noise).mul_(scale)
 
