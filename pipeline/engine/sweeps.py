@@ -169,7 +169,7 @@ def make_grid(
     """
     points = []
     names = [AXES[name] for name in axes]
-    for candidate, ema, *values in product(candidates, emas, *axes.values()):
+    for (candidate, ema), values in product(product(candidates, emas), product(*axes.values())):
         try:
             sample = SampleParams.model_validate({**base.model_dump(), **dict(zip(names, values, strict=True))})
         except ValidationError as error:
@@ -220,13 +220,9 @@ def make_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """
     cells = [list(columns), *([to_text(row.get(name)) for name in columns] for row in rows)]
     left = [all(isinstance(row.get(name), str) for row in rows) for name in columns]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if is_left else cell.rjust(w) for cell, w, is_left in zip(line, widths, left, strict=True)
-        )
-        for line in cells
-    ]
+    places = range(len(columns))
+    widths = [max(len(line[i]) for line in cells) for i in places]
+    lines = ["  ".join(c[i].ljust(widths[i]) if left[i] else c[i].rjust(widths[i]) for i in places) for c in cells]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -246,8 +242,8 @@ def to_text(value: Value | None) -> str:
     """A cell for people.
 
     Example:
-        >>> to_text(12.3456), to_text(1800), to_text(None), to_text("ddim"), to_text(0.00012345)
-        ('12.35', '1800', '-', 'ddim', '0.0001235')
+        >>> to_text(12.3456), to_text(1800), to_text(None), to_text("ddim"), to_text(0.00012344)
+        ('12.35', '1800', '-', 'ddim', '0.0001234')
     """
     if value is None:
         return "-"
