@@ -13,6 +13,7 @@ from pipeline.data.cache import ShardCache
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.sources import open_shards
 from pipeline.data.store import ShardSource
+from pipeline.engine.collect import collect_features, shard_reader
 from pipeline.engine.features import load_extractor
 from pipeline.engine.score import (
     class_accuracy,
@@ -24,7 +25,6 @@ from pipeline.engine.score import (
     memorised_share,
     read_vectors,
     save_moments,
-    stream_moments,
 )
 from pipeline.errors import UserError
 from pipeline.lineage import provenance
@@ -54,9 +54,10 @@ def main() -> None:
         )
         if extractor.protocol != reference["protocol"]:
             raise UserError(f"{paths.REFERENCE} was made as `{reference['protocol']}`: run `dvc repro reference` again")
-        generated = stream_moments(
-            samples, extractor, parts, topology, batch_size=machine.sample_batch, label="evaluate"
-        )
+        generated = collect_features(
+            shard_reader(samples), samples.num_images, extractor, topology, batch_size=machine.sample_batch,
+            subsets=parts, label="evaluate",
+        ).moments  # fmt: skip
         if not topology.is_main:
             return
     scores = {

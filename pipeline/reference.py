@@ -8,8 +8,9 @@ from pipeline import paths
 from pipeline.config import load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.sources import open_shards
+from pipeline.engine.collect import collect_features, shard_reader
 from pipeline.engine.features import load_extractor
-from pipeline.engine.score import halves, save_moments, stream_moments
+from pipeline.engine.score import halves, save_moments
 from pipeline.errors import UserError
 from pipeline.machine import load_machine
 from pipeline.runtime.files import save_json, whole_folder
@@ -35,13 +36,14 @@ def main() -> None:
     subsets = dict(zip(("half_a", "half_b"), halves(index.num_images, half), strict=True))
     with start_topology(machine) as topology:
         extractor = load_extractor(params.extractor, topology.device, inception_weights=params.inception_weights)
-        moments = stream_moments(
-            index, extractor, subsets, topology, batch_size=machine.sample_batch, label="reference", source=source
-        )
+        collected = collect_features(
+            shard_reader(index, source), index.num_images, extractor, topology, batch_size=machine.sample_batch,
+            subsets=subsets, label="reference",
+        )  # fmt: skip
         if not topology.is_main:
             return
     with whole_folder(paths.REFERENCE) as aside:
-        for name, one in moments.items():
+        for name, one in collected.moments.items():
             save_moments(aside / f"{name}.safetensors", one)
         description = {
             "extractor": extractor.name,

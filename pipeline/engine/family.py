@@ -11,10 +11,9 @@ from ddpm_core.frechet import frechet_distance_of_features
 from ddpm_core.inception_score import ClassSums
 from ddpm_core.kernel import kernel_inception_distance
 from ddpm_core.neighbours import neighbour_scores
+from pipeline.engine.collect import MOST_KEPT
 from pipeline.errors import UserError
 from pipeline.runtime.rng import Stream, draw_permutation, draw_uniform
-
-MOST_KEPT = 10_000
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
-from tqdm import tqdm
 
 from ddpm_core.frechet import Moments, frechet_distance
 from pipeline.data.index import ShardIndex
 from pipeline.data.store import ShardSource, ShardStore, read_meta
-from pipeline.engine.features import Extractor
+from pipeline.engine.collect import spread, to_vectors
 from pipeline.errors import UserError
 from pipeline.runtime.files import load_json
 from pipeline.runtime.rng import Stream, draw_permutation
-from pipeline.runtime.topology import Topology
 
-_MOST_VECTOR_PX = 16
 _CHUNK = 512
 
 
@@ -33,50 +28,6 @@ def halves(num_images: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.in
     """Two disjoint random sets of `size` images, the same each time."""
     order = draw_permutation(0, Stream.HALVES, num_images).numpy()
     return order[:size], order[size : 2 * size]
-
-
-def stream_moments(
-    index: ShardIndex,
-    extractor: Extractor,
-    subsets: Mapping[str, NDArray[np.int64]],
-    topology: Topology,
-    *,
-    batch_size: int,
-    label: str,
-    source: ShardSource | None = None,
-) -> dict[str, Moments]:
-    """Feature moments of a set of images and of subsets of it, in one pass over all ranks.
-
-    Args:
-        index: the images.
-        extractor: the feature network.
-        subsets: name -> ids.
-        topology: each rank reads a contiguous share.
-        batch_size: images read at once.
-        label: of the progress bar.
-        source: where the tars are; the index's folder if left out.
-
-    Returns:
-        `all` and each subset's name -> moments, complete on every rank. Memory does not grow with the number of images.
-    """
-    ids = np.arange(index.num_images)
-    members = {"all": np.ones(len(ids), dtype=bool)} | {name: np.isin(ids, chosen) for name, chosen in subsets.items()}
-    moments = {name: Moments(extractor.dim) for name in members}
-    store = ShardStore(index, source)
-    mine = ids[topology.slice_of(len(ids))]
-    with tqdm(total=len(mine), unit="img", disable=None if topology.is_main else True, desc=label) as bar:
-        for start in range(0, len(mine), batch_size):
-            chosen = mine[start : start + batch_size]
-            features = extractor(torch.from_numpy(store.read(chosen)[0])).cpu()
-            for name, member in members.items():
-                moments[name].add(features[torch.from_numpy(member[chosen])])
-            bar.update(len(chosen))
-    return {name: over_ranks(m, topology) for name, m in moments.items()}
-
-
-def over_ranks(moments: Moments, topology: Topology) -> Moments:
-    """The moments of all ranks together."""
-    return Moments.from_tensors(*(topology.sum_(tensor) for tensor in moments.to_tensors()))
 
 
 def save_moments(path: Path, moments: Moments) -> None:
@@ -131,22 +82,16 @@ def mean_distance(first: list[Moments], second: list[Moments]) -> float:
 def read_vectors(
     index: ShardIndex, most: int, source: ShardSource | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Pixels of at most `most` images, evenly spread over the set, as vectors in [0, 1].
-
-    Images above 16 px are averaged down to 16 px: enough to tell classes and copies, and small enough to compare all
-    with all.
+    """Pixels of at most `most` images, evenly spread over the set, as :func:`to_vectors` gives them.
 
     Returns:
         (n, d) float32 and (n,) labels, -1 where there is none.
     """
-    ids = np.unique(np.linspace(0, index.num_images - 1, min(most, index.num_images)).astype(np.int64))
+    ids = spread(index.num_images, most)
     store, parts, labels = ShardStore(index, source), [], []
     for start in range(0, len(ids), _CHUNK):
         images, classes = store.read(ids[start : start + _CHUNK])
-        pixels = torch.from_numpy(images).float() / 255
-        if index.image_size > _MOST_VECTOR_PX:
-            pixels = functional.adaptive_avg_pool2d(pixels, _MOST_VECTOR_PX)
-        parts.append(pixels.flatten(1).numpy())
+        parts.append(to_vectors(torch.from_numpy(images)).numpy())
         labels.append(classes)
     return np.concatenate(parts), np.concatenate(labels)
 
