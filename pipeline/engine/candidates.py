@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class Candidate:
         kept = f"{AVERAGE} and {NETWORK}" if self.is_checkpoint else f"{AVERAGE} alone; its checkpoints have {NETWORK}"
         raise UserError(f"EMA is {ema}, but {self.name} holds {kept}")
 
+    def guide_file(self) -> Path | None:
+        """The file that holds the weights of its guide, if there is such a file."""
+        path = self.folder / ("resume.pt" if self.is_checkpoint else GUIDE_NAME)
+        return path if path.is_file() else None
+
     def sha256(self, ema: str) -> str:
         """Of that file.
 
@@ -106,8 +111,8 @@ def load_average(candidate: Candidate, ema: str) -> dict[str, Tensor]:
 
 def load_guide_weights(candidate: Candidate) -> dict[str, Tensor] | None:
     """The average as it was at `train.guide_images`, for autoguidance; None where none was kept."""
-    path = candidate.folder / ("resume.pt" if candidate.is_checkpoint else GUIDE_NAME)
-    if not path.is_file():
+    path = candidate.guide_file()
+    if path is None:
         return None
     guide: dict[str, Tensor] | None = _read_resume(path)["guide"] if candidate.is_checkpoint else _read(path, load_file)
     return guide
@@ -119,7 +124,7 @@ def find_candidates(text: str, state: Path) -> list[Candidate]:
     Args:
         text: one or more, by comma: a model's folder, a checkpoint's (`images-000006400`), the folder of a training
             (all its checkpoints), a pattern such as `.state/train/*/images-*`, or an address in MLflow
-            (`models:/NAME@best`). `NAME=PLACE` gives one a name of its own.
+            (`models:/NAME@best`, with `=FOLDER` where it has been fetched). `NAME=PLACE` gives one a name of its own.
         state: PIPELINE_STATE, to say what there is.
 
     Raises:
@@ -128,19 +133,32 @@ def find_candidates(text: str, state: Path) -> list[Candidate]:
     found: dict[Path, Candidate] = {}
     for item in text.split(","):
         name, equals, place = item.partition("=")
-        if not equals or Path(item).exists():
+        if not equals or is_model_uri(item) or Path(item).exists():
             name, place = "", item
         if is_model_uri(place):
-            folders = [fetch_model(place)]
-            name = name or place
-        else:
-            folders = list(_folders(place))
+            uri, _, fetched = place.partition("=")
+            folder = Path(fetched) if fetched else fetch_model(uri)
+            found[folder] = _open(folder, name or uri, uri)
+            continue
+        folders = list(_folders(place))
         if not folders:
             raise UserError(f"CKPT: {place or 'an empty name'} is not there; {_listed(state)}")
         for folder in folders:
-            again = place if is_model_uri(place) else folder.as_posix()
-            found.setdefault(folder, _open(folder, name if len(folders) == 1 else "", again))
+            found.setdefault(folder, _open(folder, name if len(folders) == 1 else "", folder.as_posix()))
     return list(found.values())
+
+
+def as_fetched(candidates: Iterable[Candidate]) -> str:
+    """What CKPT must be so that other processes of this machine find the same without fetching it again."""
+    parts = []
+    for one in candidates:
+        place = f"{one.place}={one.folder}" if is_model_uri(one.place) else one.place
+        parts.append(place if one.name in (one.place, _checkpoint_name(one)) else f"{one.name}={place}")
+    return ",".join(parts)
+
+
+def _checkpoint_name(candidate: Candidate) -> str:
+    return f"{candidate.folder.resolve().parent.name[:6]}@{candidate.images_seen}"
 
 
 def _folders(place: str) -> Iterator[Path]:
@@ -157,13 +175,13 @@ def _open(folder: Path, name: str, place: str) -> Candidate:
     if not (folder / "state.json").is_file():
         spec = load_model_spec(folder)
         return Candidate(name or place, place, folder, spec, spec.get("lineage", {}).get("images_seen"))
-    root = folder.resolve().parent
-    spec = _checkpoint_spec(root)
+    spec = _checkpoint_spec(folder.resolve().parent)
     try:
         images_seen = int(load_json(folder / "state.json")["images_seen"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/state.json can't be read ({error}): take another checkpoint") from None
-    return Candidate(name or f"{root.name[:6]}@{images_seen}", place, folder, spec, images_seen)
+    found = Candidate(name, place, folder, spec, images_seen)
+    return found if name else replace(found, name=_checkpoint_name(found))
 
 
 def _checkpoint_spec(root: Path) -> dict[str, Any]:

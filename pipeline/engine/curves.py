@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.engine.sweeps import Row, to_text, varying
+from pipeline.engine.sweeps import varying
+from pipeline.engine.tables import Row, to_text
 from pipeline.runtime.files import whole_file
 
 X_LABELS = {

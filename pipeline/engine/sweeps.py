@@ -1,24 +1,20 @@
-"""Grids of settings to score, and what is said of their points: rows, tables, how to reproduce each."""
+"""Grids of settings to score: what may be asked for, and what each point is called."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic import ValidationError
 
 from pipeline.engine.candidates import AVERAGE, NETWORK, Candidate
+from pipeline.engine.tables import Row, Value, to_text
 from pipeline.errors import UserError
 from pipeline.sections import SampleParams
-
-Value = str | int | float
-Row = dict[str, Value | None]
 
 AXES = {  # as they are asked for -> the key of params.yaml's `sample`
     "SAMPLER": "sampler",
@@ -199,64 +195,7 @@ def shown_columns(rows: Sequence[Row], headline: str, scores: Sequence[str]) -> 
     return [*varying(rows), *COST, headline, *others]
 
 
-def make_csv(rows: Sequence[Row]) -> str:
-    """Every column of every row, numbers in full."""
-    table = io.StringIO()
-    columns = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(table, fieldnames=list(columns), lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue()
-
-
-def make_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Aligned for a terminal; numbers to four digits.
-
-    Example:
-        >>> print(make_table([{"sampler": "ddim", "fd": 12.3456}, {"sampler": "heun", "fd": 7.0}], ["sampler", "fd"]))
-        sampler     fd
-        ddim     12.35
-        heun         7
-    """
-    cells = [list(columns), *([to_text(row.get(name)) for name in columns] for row in rows)]
-    left = [all(isinstance(row.get(name), str) for row in rows) for name in columns]
-    places = range(len(columns))
-    widths = [max(len(line[i]) for line in cells) for i in places]
-    lines = ["  ".join(c[i].ljust(widths[i]) if left[i] else c[i].rjust(widths[i]) for i in places) for c in cells]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def make_markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The same as a Markdown table."""
-    lines = [list(columns), ["---"] * len(columns), *([to_text(row.get(name)) for name in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def describe_fixed(rows: Sequence[Row]) -> str:
     """The settings that all rows share, in one line."""
     fixed = [name for name in SETTINGS if name not in varying(rows)]
     return ", ".join(f"{name} {to_text(rows[0][name])}" for name in fixed)
-
-
-def to_text(value: Value | None) -> str:
-    """A cell for people.
-
-    Example:
-        >>> to_text(12.3456), to_text(1800), to_text(None), to_text("ddim"), to_text(0.00012344)
-        ('12.35', '1800', '-', 'ddim', '0.0001234')
-    """
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def as_record(point: GridPoint, key: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What sweep.json says of a row: enough to make it again and to know what it was made of."""
-    return {
-        "key": key,
-        "reproduce": point.command(),
-        "place": point.candidate.place,
-        "train_key": point.candidate.train_key,
-        "sample": point.sample.model_dump(mode="json"),
-        **result,
-    }
