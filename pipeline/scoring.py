@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm_core.frechet import Moments
 from pipeline import paths
 from pipeline.data.index import ShardIndex
 from pipeline.data.store import ShardSource
 from pipeline.engine.candidates import Candidate
 from pipeline.engine.checkpoint import image_form
 from pipeline.engine.collect import FeatureSet, ImageReader, collect_features, sampler_reader
-from pipeline.engine.features import Extractor, load_extractor
-from pipeline.engine.score import mean_distance
+from pipeline.engine.evaluation import sample_parts, score_samples
+from pipeline.engine.family import FamilySettings
+from pipeline.engine.features import Extractor
+from pipeline.engine.reference import Reference
+from pipeline.engine.score import Pixels, read_vectors
 from pipeline.engine.sweeps import GridPoint
 from pipeline.errors import Stopped, UserError
 from pipeline.lineage import stage_key
@@ -37,13 +40,12 @@ class Target:
     """What samples are compared with, the same for every point.
 
     Args:
-        reference, moments: as `load_reference` gives them.
+        reference: of the real images.
         real, source: the images themselves.
-        evaluate: that section of params.yaml.
+        evaluate: that section of params.yaml: the same scores with the same protocol as the stage evaluate's.
     """
 
-    reference: dict[str, Any]
-    moments: dict[str, Moments]
+    reference: Reference
     real: ShardIndex
     source: ShardSource
     evaluate: EvaluateParams
@@ -51,12 +53,12 @@ class Target:
     @property
     def headline(self) -> str:
         """The score that a sweep is about."""
-        return f"fd_{self.reference['extractor']}"
+        return f"fd_{self.reference.description['extractor']}"
 
-    def parts(self, num_samples: int) -> dict[str, NDArray[np.int64]]:
-        """Samples as many as in a half of the real images, up to twice, as the stage evaluate compares them."""
-        size = self.reference["floor_images"]
-        return {f"part_{i}": np.arange(i * size, (i + 1) * size) for i in range(2) if (i + 1) * size <= num_samples}
+    @cached_property
+    def pixels(self) -> Pixels:
+        """Of real images, for classifiers and copies; read when first needed."""
+        return read_vectors(self.real, self.evaluate.real_images, self.source)
 
 
 def check_images(candidates: Iterable[Candidate], real: ShardIndex) -> None:
@@ -95,12 +97,7 @@ class Scorer:
     def extractor(self) -> Extractor:
         """Loaded when it is first needed: not where every point is kept."""
         if self._extractor is None:
-            asked = self.target.reference
-            self._extractor = load_extractor(
-                asked["extractor"], self.topology.device, inception_weights=asked["inception_weights"]
-            )
-            if self._extractor.protocol != asked["protocol"]:
-                raise UserError(f"{paths.REFERENCE} was made as `{asked['protocol']}`: run `dvc repro reference` again")
+            self._extractor = self.target.reference.load_extractor(self.topology.device)
         return self._extractor
 
     def load(self, point: GridPoint) -> LoadedCandidate:
@@ -120,12 +117,13 @@ class Scorer:
             label: of the progress bar.
         """
         num_samples, topology, extractor = point.sample.num_samples, self.topology, self.extractor
+        parts = sample_parts(num_samples, self.target.reference.floor_images)
         with self.load(point).sampler(point.sample) as sampler:
+            read = self._stoppable(sampler_reader(sampler, sampler.labels, topology.device))
             started = time.monotonic()
             found = collect_features(
-                self._stoppable(sampler_reader(sampler, sampler.labels, topology.device)), num_samples, extractor,
-                topology, batch_size=self.machine.sample_batch, subsets=self.target.parts(num_samples), label=label,
-                folder=folder,
+                read, num_samples, extractor, topology, batch_size=self.machine.sample_batch, subsets=parts,
+                label=label, folder=folder,
             )  # fmt: skip
             seconds, drawn = time.monotonic() - started, sampler.drawn
             calls = sampler.calls_per_image()
@@ -134,7 +132,7 @@ class Scorer:
         return {
             "network_calls": calls,
             "images_per_second": drawn * topology.world_size / seconds if drawn else None,
-            **self._score(found, num_samples),
+            **self._score(found, extractor),
         }
 
     def _stoppable(self, read: ImageReader) -> ImageReader:
@@ -145,8 +143,9 @@ class Scorer:
 
         return checked
 
-    def _score(self, found: FeatureSet, num_samples: int) -> dict[str, Any]:
-        target = self.target
-        value = mean_distance([found.moments["all"]], [target.moments["all"]])
-        protocol = f"{self.extractor.protocol} / {num_samples} samples, {target.real.num_images} real"
-        return {"scores": {target.headline: value}, "protocol": protocol}
+    def _score(self, found: FeatureSet, extractor: Extractor) -> dict[str, Any]:
+        settings = FamilySettings(**self.target.evaluate.model_dump(exclude={"real_images"}))
+        scores = score_samples(self.target.reference, found, self.target.pixels, extractor, settings)
+        counts = ("num_samples", "num_reference", "floor_images")  # said by the settings and the protocol
+        numbers = {name: value for name, value in scores.numbers.items() if name not in counts}
+        return {"scores": numbers, "protocol": scores.protocol}

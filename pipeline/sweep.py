@@ -21,8 +21,8 @@ from pipeline.config import load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.sources import open_shards
 from pipeline.engine.candidates import AVERAGE, Candidate, as_fetched, find_candidates
+from pipeline.engine.reference import load_reference
 from pipeline.engine.runs import describe_run
-from pipeline.engine.score import load_reference
 from pipeline.engine.sweep_report import Scored, log_point, log_sweep, write_report
 from pipeline.engine.sweeps import AXES, GridPoint, make_grid, parse_axis, parse_ema, varying
 from pipeline.errors import UserError
@@ -95,7 +95,7 @@ def main() -> None:
     grid = make_grid(candidates, parse_ema(asked.get("EMA", AVERAGE)), params.sample, axes)
     real, source = open_shards(paths.SHARDS, machine.shards, ShardCache(machine.cache, machine.cache_bytes))
     check_images(candidates, real)
-    target = Target(*load_reference(paths.REFERENCE, real), real, source, params.evaluate)
+    target = Target(load_reference(paths.REFERENCE, real), real, source, params.evaluate)
     words = [f"{name}={value}" for name, value in {**asked, "CKPT": as_fetched(candidates)}.items()]
     restart_under_torchrun("pipeline.sweep", machine, [*words, *["--again"] * again])
     stop = StopRequest()
@@ -172,7 +172,7 @@ def load_kept(path: Path) -> dict[str, Any] | None:
 def publish(name: str, results: Sequence[Scored], target: Target, tracker: Tracker) -> None:
     """Write the folder, send it to MLflow, and print the table."""
     folder, command = paths.SWEEPS / name, " ".join(["python -m pipeline.sweep", *map(shlex.quote, sys.argv[1:])])
-    table = write_report(folder, results, target.headline, target.reference, command)
+    table = write_report(folder, results, target.headline, target.reference.description, command)
     log_sweep(tracker, folder, results, target.headline)
     print(f"\n{table}\n", flush=True)
     log.info("sweep: done, %d points, in %s; peak memory %.2f GiB a process", len(results), folder, peak_memory_gib())

@@ -80,7 +80,7 @@ def write_report(
         the table for a terminal, what all rows share above it.
     """
     rows = [one.row() for one in results]
-    columns = shown_columns(rows, headline, list(results[0].scores))
+    columns = shown_columns(rows, headline)
     fixed, protocols = describe_fixed(rows), list(dict.fromkeys(one.protocol for one in results))
     with whole_folder(folder) as aside:
         save_text(aside / "table.csv", make_csv(rows))

@@ -27,6 +27,7 @@ AXES = {  # as they are asked for -> the key of params.yaml's `sample`
 }
 SETTINGS = ("checkpoint", "ema", *AXES.values())  # columns that say what a row is of
 COST = ("network_calls", "images_per_second")
+SHOWN = ("fd_low", "fd_high", "fd_ratio", "kid", "precision", "recall", "class_accuracy", "memorised_share")
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,9 @@ def varying(rows: Sequence[Row]) -> list[str]:
     return [name for name in SETTINGS if len({row[name] for row in rows}) > 1]
 
 
-def shown_columns(rows: Sequence[Row], headline: str, scores: Sequence[str]) -> list[str]:
-    """Of a table for people: what differs, the cost, the headline score and, of the others, those that have a value."""
-    others = [name for name in scores if name != headline and any(row.get(name) is not None for row in rows)]
+def shown_columns(rows: Sequence[Row], headline: str) -> list[str]:
+    """Of a table for people: what differs, the cost, the headline score and, of :data:`SHOWN`, those with a value."""
+    others = [name for name in SHOWN if any(row.get(name) is not None for row in rows)]
     return [*varying(rows), *COST, headline, *others]
 
 
