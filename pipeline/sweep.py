@@ -99,16 +99,18 @@ def main() -> None:
     words = [f"{name}={value}" for name, value in {**asked, "CKPT": as_fetched(candidates)}.items()]
     restart_under_torchrun("pipeline.sweep", machine, [*words, *["--again"] * again])
     stop = StopRequest()
-    points = {point_key(point, target): point for point in grid}
-    if len(points) < len(grid):
-        log.info("sweep: %d points of %d are scored once: the same weights and settings", len(points), len(grid))
+    points: dict[str, GridPoint] = {}
+    for point in grid:
+        points.setdefault(point_key(point, target), point)
     key = sha256_json([asked.get("NAME"), sorted(points)])[:KEY_LENGTH]
-    name = asked.get("NAME") or "-".join([*varying([point.settings() for point in grid]), key[:6]])
+    name = asked.get("NAME") or "-".join([*(varying([point.settings() for point in grid]) or ["point"]), key[:6]])
     with (
         start_topology(machine) as topology,
         locked_folder(machine.state / "sweep" / key) if topology.is_main else nullcontext(),
         open_sweep_run(name, key, candidates, machine, topology) as tracker,
     ):
+        if topology.is_main and len(points) < len(grid):
+            log.info("sweep: %d points for %d: some are of equal weights and settings", len(points), len(grid))
         scorer = Scorer(target, machine, topology, stop)
         results = score_points(points, scorer, machine.state / "sweep", tracker, again=again)
         if topology.is_main:
