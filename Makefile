@@ -27,9 +27,16 @@ coverage: .venv/.ready ## every branch of the mathematics is taken by a test
 	COVERAGE_FILE=.venv/.coverage $(BIN)/python -m pytest -q -n 2 tests/core ddpm_core \
 		--cov=ddpm_core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
-eval: .venv/.ready ## score the newest model again, with what params.yaml asks for now
+# What a sweep may be asked for; only from the command line, since an N in the environment is about something else.
+ASKED = $(foreach name,CKPT EMA SAMPLER STEPS SPACING ETA GUIDANCE N SEED NAME,\
+	$(if $(filter command,$(firstword $(origin $(name)))),'$(name)=$(subst ','\'',$($(name)))'))
+eval: .venv/.ready ## score the newest model; with CKPT= N= STEPS= SAMPLER= GUIDANCE= ... all combinations (docs/evaluate.md)
+ifeq ($(strip $(ASKED)),)
 	$(BIN)/dvc repro evaluate
 	$(BIN)/dvc metrics show
+else
+	$(BIN)/python -m pipeline.sweep $(strip $(ASKED)) $(if $(AGAIN),--again)
+endif
 
 ui: .venv/.ready ## browse the runs on http://127.0.0.1:5000
 	@echo "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning   (Ctrl-C ends it)"

@@ -203,14 +203,19 @@ def _factor(moments: Moments) -> Tensor:
 
 
 @torch.no_grad()
-def frechet_distance_of_features(x: Tensor, y: Tensor) -> float:
+def frechet_distance_of_features(
+    x: Tensor, y: Tensor, *, x_counts: Tensor | None = None, y_counts: Tensor | None = None
+) -> float:
     """:func:`frechet_distance` of the moments of two sets, straight from their features.
 
     With centred features X and Y, tr((S1 S2)^1/2) is the sum of the singular values of X Y^T / sqrt((n - 1)(m - 1)):
-    for fewer features than dims cheaper than any covariance, and the way to distances of small classes.
+    for fewer features than dims cheaper than any covariance, and the way to distances of small classes. Features that
+    are in a set several times count as one row, times the root of their number.
 
     Args:
         x, y: (n, d) and (m, d) floats, at least 2 each; computed in float64.
+        x_counts, y_counts: (n,) and (m,) int64, how many times each is in its set, as bootstrap draws them; once each
+            if left out.
 
     Raises:
         ValueError: other shapes, fewer than 2 features, or features that are not finite.
@@ -221,16 +226,50 @@ def frechet_distance_of_features(x: Tensor, y: Tensor) -> float:
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(f"features have shapes {tuple(x.shape)}, {tuple(y.shape)}; expected (n, d), (m, d), n, m >= 2")
-    if min(len(x), len(y)) > x.shape[1]:
-        both = []
-        for features in (x, y):
-            both.append(Moments(x.shape[1]))
-            both[-1].add(features)
-        return frechet_distance(*both)
-    x, y = x.double(), y.double()
-    if not bool(x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("features are not finite")
-    between = float((x.mean(0) - y.mean(0)).square().sum())
-    x, y = ((features - features.mean(0)) / (len(features) - 1) ** 0.5 for features in (x, y))
-    overlap = float(torch.linalg.svdvals(x @ y.T).sum())
-    return max(between + float(x.square().sum()) + float(y.square().sum()) - 2 * overlap, 0.0)
+    sets = [_counted(x, x_counts), _counted(y, y_counts)]
+    if min(len(features) for features, _ in sets) > x.shape[1]:
+        return frechet_distance(*(moments_of_features(features, counts) for features, counts in sets))
+    means, centred = [], []
+    for features, counts in sets:
+        features = features.double()
+        if not bool(features.isfinite().all()):
+            raise ValueError("features are not finite")
+        n = len(features) if counts is None else int(counts.sum())
+        mean = features.mean(0) if counts is None else (counts.double() @ features) / n
+        rows = features - mean if counts is None else (features - mean) * counts.double().sqrt()[:, None]
+        means.append(mean)
+        centred.append(rows / (n - 1) ** 0.5)
+    between = float((means[0] - means[1]).square().sum())
+    overlap = float(torch.linalg.svdvals(centred[0] @ centred[1].T).sum())
+    within = [float(rows.square().sum()) for rows in centred]
+    return max(between + within[0] + within[1] - 2 * overlap, 0.0)
+
+
+@torch.no_grad()
+def moments_of_features(features: Tensor, counts: Tensor | None = None) -> Moments:
+    """The moments of (n, d) features, each of them `counts` (n,) times in the set, or once.
+
+    Raises:
+        ValueError: features that are not finite, or other shapes.
+
+    Example:
+        >>> moments_of_features(torch.tensor([[0.0], [3.0]]), torch.tensor([2, 1])).mean().item()
+        1.0
+    """
+    moments = Moments(features.shape[1])
+    if counts is None:
+        moments.add(features)
+        return moments
+    x, times = features.double(), counts.double()[:, None]
+    return Moments.from_tensors(counts.sum().to(torch.int64), (x * times).sum(0), x.T @ (x * times))
+
+
+def _counted(features: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Features without those that are there no time."""
+    if counts is None:
+        return features, None
+    if counts.shape != (len(features),) or int(counts.min()) < 0 or int(counts.sum()) < 2:
+        raise ValueError(
+            f"counts are {tuple(counts.shape)}, expected ({len(features)},), none below 0, at least 2 in all"
+        )
+    return features[counts > 0], counts[counts > 0]

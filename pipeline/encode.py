@@ -17,18 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm_core.frechet import Moments
 from pipeline import paths
 from pipeline.config import load_params
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.pixels import make_grid
 from pipeline.data.store import ShardStore, read_meta
 from pipeline.data.writer import Sample, write_shards
-from pipeline.engine.features import load_extractor
 from pipeline.engine.generate import generate_blocks, read_blocks
 from pipeline.engine.latents import FirstStage, interleave, measure_scale
 from pipeline.engine.reconstruction import score_reconstructions
-from pipeline.engine.score import halves, load_reference, mean_distance
+from pipeline.engine.reference import Reference, halves, load_reference
+from pipeline.engine.score import mean_distance
 from pipeline.errors import UserError
 from pipeline.first_stage import NOTE, WEIGHTS, load_trained
 from pipeline.lineage import stage_key
@@ -50,7 +49,7 @@ def main() -> None:
         raise UserError("params.yaml has no section `encode`, so there are no latents: see recipes/latent")
     restart_under_torchrun("pipeline.encode", machine)
     index = load_index(paths.SHARDS)
-    reference, real = load_reference(paths.REFERENCE, index)
+    reference = load_reference(paths.REFERENCE, index)
     first_stage, spec = load_trained()
     check_images(index, spec)
     weights = sha256_file(paths.FIRST_STAGE / WEIGHTS)
@@ -63,7 +62,7 @@ def main() -> None:
                 scale = measure_scale(np.load(block, allow_pickle=False) for block in blocks)
                 publish(index, blocks, spec, weights, scale, params.shard_images)
                 show(first_stage, index, topology.device)
-            scores = score(first_stage, index, reference, real, machine, topology)
+            scores = score(first_stage, index, reference, machine, topology)
             if topology.is_main:
                 save_json(paths.ENCODE_METRICS, {"num_latents": index.num_images, "scale": scale, **scores})
                 shutil.rmtree(folder)
@@ -129,8 +128,7 @@ def show(first_stage: FirstStage, index: ShardIndex, device: torch.device) -> No
 def score(
     first_stage: FirstStage,
     index: ShardIndex,
-    reference: dict[str, Any],
-    real: dict[str, Moments],
+    reference: Reference,
     machine: Machine,
     topology: Topology,
 ) -> dict[str, Any]:
@@ -139,12 +137,8 @@ def score(
     `fd_reconstruction` is to the same images; `fd_reconstruction_like_for_like` to the other half, as samples are
     compared, so `fd_like_for_like` of samples can hardly be below it.
     """
-    extractor = load_extractor(
-        reference["extractor"], topology.device, inception_weights=reference["inception_weights"]
-    )
-    if extractor.protocol != reference["protocol"]:
-        raise UserError(f"{paths.REFERENCE} was made as `{reference['protocol']}`: run `dvc repro reference` again")
-    ids, _ = halves(index.num_images, reference["floor_images"])
+    extractor, real = reference.load_extractor(topology.device), reference.moments
+    ids, _ = halves(index.num_images, reference.floor_images)
     made, psnr = score_reconstructions(
         index, ids, first_stage.reconstruct, extractor, topology, batch_size=machine.sample_batch
     )

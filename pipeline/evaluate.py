@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
+from contextlib import nullcontext
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from ddpm_core.frechet import Moments
 from pipeline import paths
 from pipeline.config import load_params
 from pipeline.data.cache import ShardCache
 from pipeline.data.index import ShardIndex, load_index
 from pipeline.data.sources import open_shards
-from pipeline.data.store import ShardSource
-from pipeline.engine.features import load_extractor
-from pipeline.engine.score import (
-    class_accuracy,
-    context_psnr,
-    halves,
-    load_reconstruction_scores,
-    load_reference,
-    mean_distance,
-    memorised_share,
-    read_vectors,
-    save_moments,
-    stream_moments,
-)
-from pipeline.errors import UserError
-from pipeline.lineage import provenance
-from pipeline.machine import load_machine
-from pipeline.runtime.files import load_json, save_json, whole_folder
+from pipeline.engine.collect import FeatureSet, collect_features, shard_reader
+from pipeline.engine.evaluation import Scores, check_form, sample_parts, score_samples
+from pipeline.engine.family import FamilySettings
+from pipeline.engine.features import Extractor
+from pipeline.engine.neighbours import draw_neighbours, table_rows
+from pipeline.engine.reference import Reference, load_reference, save_moments
+from pipeline.engine.score import context_psnr, load_reconstruction_scores, read_vectors
+from pipeline.lineage import provenance, stage_key
+from pipeline.machine import Machine, load_machine
+from pipeline.runtime.files import load_json, locked_folder, save_json, sha256_json, whole_folder
 from pipeline.runtime.monitor import peak_memory_gib
 from pipeline.runtime.process import restart_under_torchrun, run_stage
-from pipeline.runtime.topology import start_topology
+from pipeline.runtime.topology import Topology, start_topology
 from pipeline.runtime.tracking import open_tracker
 
 log = logging.getLogger(__name__)
+COLLECT = "pipeline.engine.collect"  # the code that a kept pass depends on
 
 
 def main() -> None:
@@ -44,89 +40,79 @@ def main() -> None:
     restart_under_torchrun("pipeline.evaluate", machine)
     real, source = open_shards(paths.SHARDS, machine.shards, ShardCache(machine.cache, machine.cache_bytes))
     samples = load_index(paths.SAMPLES)
-    reference, moments = load_reference(paths.REFERENCE, real)
-    size = reference["floor_images"]
-    parts = {f"part_{i}": np.arange(i * size, (i + 1) * size) for i in range(2) if (i + 1) * size <= samples.num_images}
+    check_form(real, samples)
+    reference = load_reference(paths.REFERENCE, real)
     model = load_json(paths.MODEL / "model.json")
     with start_topology(machine) as topology:
-        extractor = load_extractor(
-            reference["extractor"], topology.device, inception_weights=reference["inception_weights"]
-        )
-        if extractor.protocol != reference["protocol"]:
-            raise UserError(f"{paths.REFERENCE} was made as `{reference['protocol']}`: run `dvc repro reference` again")
-        generated = stream_moments(
-            samples, extractor, parts, topology, batch_size=machine.sample_batch, label="evaluate"
-        )
+        extractor = reference.load_extractor(topology.device)
+        collected = collect(samples, reference, extractor, machine, topology)
         if not topology.is_main:
             return
-    scores = {
-        **distances(reference["extractor"], moments, generated, list(parts)),
-        **pixel_scores(real, samples, params.real_images, source),
-        **(context_psnr(real, samples, source) if "context" in model else {}),
-        "num_samples": samples.num_images,
-        "num_reference": real.num_images,
-        "floor_images": size,
-        "protocol": f"{extractor.protocol} / {samples.num_images} samples, {real.num_images} real, "
-        f"pixels of {min(params.real_images, real.num_images)}",
-    }
-    with whole_folder(paths.EVALUATION) as aside:
-        save_moments(aside / "all.safetensors", generated["all"])
-    lineage = model["lineage"]
+    pixels = read_vectors(real, params.real_images, source)
+    settings = FamilySettings(**params.model_dump(exclude={"real_images"}))
+    found = score_samples(reference, collected, pixels, extractor, settings)
+    more: dict[str, Any] = context_psnr(real, samples, source) if "context" in model else {}
     if "first_stage" in model:
-        scores |= load_reconstruction_scores(paths.ENCODE_METRICS, extractor.protocol)
-    save_json(paths.EVALUATE_METRICS, {**scores, "train_key": lineage["train_key"]})
+        more |= load_reconstruction_scores(paths.ENCODE_METRICS, extractor.protocol)
+    scores = {**found.numbers, **more}
+    protocol = {"protocol": found.protocol, "protocol_sha256": sha256_json(found.protocol)}
+    lineage = model["lineage"]
+    origin = {"model": lineage, "evaluation": provenance(), "reference": reference.description}
+    with whole_folder(paths.EVALUATION) as aside:
+        save_json(aside / "scores.json", {"scores": scores, **protocol, **origin})
+        write_tables(aside, found, list(real.classes))
+        save_moments(aside / "all.safetensors", collected.moments["all"])
+        picture = draw_neighbours(found.neighbours, shard_reader(samples), shard_reader(real, source))
+        picture.save(aside / "neighbours.png")
+    save_json(paths.EVALUATE_METRICS, {**scores, **protocol, "train_key": lineage["train_key"]})
+    report(machine, lineage, scores, protocol, extractor.name)
+    shown = ", ".join(f"{k} {_short(v)}" for k, v in scores.items())
+    log.info("evaluate: %s; peak memory %.2f GiB a process", shown, peak_memory_gib())
+
+
+def collect(
+    samples: ShardIndex, reference: Reference, extractor: Extractor, machine: Machine, topology: Topology
+) -> FeatureSet:
+    """The pass over the samples; one that was stopped goes on."""
+    half = reference.floor_images
+    inputs = {"images": samples.sha256, "half": str(half), "extractor": extractor.protocol,
+              "weights": extractor.weights_sha256}  # fmt: skip
+    folder = machine.state / "evaluate" / f"{stage_key(COLLECT, [], inputs)}-{machine.sample_batch}"
+    with locked_folder(folder) if topology.is_main else nullcontext():
+        return collect_features(
+            shard_reader(samples), samples.num_images, extractor, topology, batch_size=machine.sample_batch,
+            subsets=sample_parts(samples.num_images, half), label="evaluate", folder=folder,
+        )  # fmt: skip
+
+
+def write_tables(folder: Path, found: Scores, names: list[str]) -> None:
+    """classes.csv and neighbours.csv."""
+    header = ["label", "class", "samples", "real", "fd", "accuracy"]
+    classes = [[row.label, names[row.label] if row.label < len(names) else "", *astuple(row)[1:]]
+               for row in found.classes]  # fmt: skip
+    for name, rows in (("classes", [header, *classes]), ("neighbours", table_rows(found.neighbours))):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        (folder / f"{name}.csv").write_text(text.getvalue(), encoding="utf-8")
+
+
+def report(
+    machine: Machine, lineage: dict[str, Any], scores: dict[str, Any], protocol: dict[str, str], extractor: str
+) -> None:
+    """Scores, and what they were measured with, in the model's run; the model in the registry."""
     # Under names of their own: the run's git_commit is that of the training, and this may be a later one.
     tags = {f"eval.{name}": value for name, value in provenance().items()}
     with open_tracker(
         machine.state, lineage["train_key"], run_name="evaluate", tags=tags, enabled=machine.tracking
     ) as tracker:
-        tracker.set_tags({f"eval.{name}": str(scores[name]) for name in ("protocol", "num_reference", "floor_images")})
+        tracker.set_tags({f"eval.{name}": str(scores[name]) for name in ("num_reference", "floor_images")})
+        tracker.set_tags({f"eval.{name}": value for name, value in protocol.items()})
         numbers = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, float) or k == "num_samples"}
         tracker.log_metrics(numbers, int(lineage["images_seen"]), replace=True)
         tracker.log_artifact(paths.EVALUATE_METRICS, "metrics")
-        name = f"fd_{reference['extractor']}"
-        tracker.register_model(paths.MODEL, score_name=name, score=scores[name], protocol=scores["protocol"])
-    shown = ", ".join(f"{k} {_short(v)}" for k, v in scores.items() if not isinstance(v, str))
-    log.info("evaluate: %s; peak memory %.2f GiB a process", shown, peak_memory_gib())
-
-
-def distances(
-    extractor: str, real: dict[str, Moments], generated: dict[str, Moments], parts: list[str]
-) -> dict[str, float | None]:
-    """Frechet distances: of everything; between two halves of the real set; of as many samples against each half.
-
-    The last two have the same number of images on both sides, so their ratio says how far from real the samples are,
-    free of the bias that a small number brings. None where there are fewer samples than images in a half.
-    """
-    floor = mean_distance([real["half_a"]], [real["half_b"]])
-    like = mean_distance([generated[p] for p in parts], [real["half_a"], real["half_b"]]) if parts else None
-    if like is None:
-        log.warning(
-            "warning: fd_ratio needs %d samples, as many as reference.floor_images: raise sample.num_samples",
-            real["half_a"].n,
-        )
-    return {
-        f"fd_{extractor}": mean_distance([generated["all"]], [real["all"]]),
-        "fd_floor": floor,
-        "fd_like_for_like": like,
-        "fd_ratio": None if like is None or floor == 0 else like / floor,
-    }
-
-
-def pixel_scores(
-    real: ShardIndex, samples: ShardIndex, most: int, source: ShardSource | None = None
-) -> dict[str, float | None]:
-    """Agreement with the asked class, and how many samples are near copies; each beside its value for real images."""
-    pixels, labels = read_vectors(real, most, source)
-    generated, asked = read_vectors(samples, samples.num_images)
-    accuracy = class_accuracy(pixels, labels, generated, asked)
-    one, other = halves(len(pixels), len(pixels) // 2)
-    return {
-        "class_accuracy": accuracy[0],
-        "class_accuracy_real": accuracy[1],
-        "memorised_share": memorised_share(generated, pixels),
-        "memorised_share_real": memorised_share(pixels[one], pixels[other]),
-    }
+        tracker.log_artifact(paths.EVALUATION / "neighbours.png", "samples")
+        name = f"fd_{extractor}"
+        tracker.register_model(paths.MODEL, score_name=name, score=scores[name], protocol=protocol["protocol"])
 
 
 def _short(value: float | None) -> str:

@@ -37,3 +37,6 @@ EVALUATE_METRICS = Path("metrics/evaluate.json")
 LIKELIHOOD = Path("likelihood")
 LIKELIHOOD_METRICS = Path("metrics/likelihood.json")
 LIKELIHOOD_CURVE = Path("plots/likelihood.csv")
+
+# Of commands, which are no stages: kept by nobody but the user.
+SWEEPS = Path("sweeps")

@@ -61,6 +61,7 @@ class ShardParams(Section):
 class ReferenceParams(Section):
     extractor: Literal["efficientnet_lite0", "inception", "inception_clean"]
     inception_weights: str | None
+    statistics: str | None
     floor_images: Annotated[int, Field(ge=2)] | Literal["auto"]
 
 
@@ -205,6 +206,11 @@ class SampleParams(Section):
 
 class EvaluateParams(Section):
     real_images: Annotated[int, Field(ge=10)]
+    neighbours: Positive
+    kid_subsets: Positive
+    kid_size: Annotated[int, Field(ge=2)]
+    bootstrap: Annotated[int, Field(ge=0)]
+    extrapolation: Annotated[int, Field(ge=0)]
 
 
 class AutoencoderParams(OptimizerParams):

@@ -39,7 +39,7 @@ from pipeline.data.cache import ShardCache
 from pipeline.data.index import ShardIndex
 from pipeline.data.sources import open_sets
 from pipeline.data.store import LocalSource, ShardSource
-from pipeline.engine.checkpoint import CheckpointFolder, save_model
+from pipeline.engine.checkpoint import CheckpointFolder, save_model, save_model_spec
 from pipeline.engine.generate import GRID_ROWS
 from pipeline.engine.loop import LoopPlan, Observers, save_curve, train
 from pipeline.engine.runs import describe_run
@@ -82,6 +82,7 @@ def main() -> None:
             preview = make_preview(step, spec, indexes[0], tracker, topology)
             if topology.is_main:
                 report_model(step, spec, tracker)
+                save_model_spec(checkpoints.root, spec, lineage)
             checkpoints.resume(step.state, topology, step.plan.section)
             order = build_order(params, indexes)
             batches = build_batches(

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `images-000006400/` with `average.safetensors` (the EMA weights), `resume.pt` (network,
 optimizer, running sums; read with `weights_only=True`) and `state.json` (images seen, loss curve, sha256 of the other
-two). It is written aside and renamed, so a folder under that name is whole.
+two). It is written aside and renamed, so a folder under that name is whole. `model.json` beside the checkpoints says
+what network their weights are of.
 """
 
 from __future__ import annotations
@@ -130,7 +131,12 @@ def save_model(
         save_file(_contiguous(network.state_dict()), aside / WEIGHTS_NAME)
         if guide is not None:
             save_file(_contiguous(guide), aside / GUIDE_NAME)
-        save_json(aside / "model.json", {"format": MODEL_FORMAT, **spec, "lineage": lineage})
+        save_model_spec(aside, spec, lineage)
+
+
+def save_model_spec(folder: Path, spec: dict[str, Any], lineage: dict[str, Any]) -> None:
+    """Write model.json: all that is needed to build the network of the weights beside or below it, and their origin."""
+    save_json(folder / "model.json", {"format": MODEL_FORMAT, **spec, "lineage": lineage})
 
 
 def load_model_spec(folder: Path, *, stage: str = "train") -> dict[str, Any]:

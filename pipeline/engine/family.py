@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_core.frechet import frechet_distance_of_features
+from ddpm_core.frechet import Moments, frechet_distance, frechet_distance_of_features, moments_of_features
 from ddpm_core.inception_score import ClassSums
 from ddpm_core.kernel import kernel_inception_distance
 from ddpm_core.neighbours import neighbour_scores
+from pipeline.engine.collect import MOST_KEPT
 from pipeline.errors import UserError
 from pipeline.runtime.rng import Stream, draw_permutation, draw_uniform
-
-MOST_KEPT = 10_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,19 @@ class FamilySettings:
     splits: int = 10
 
 
+class Whole(NamedTuple):
+    """The whole sets that kept features are of.
+
+    Attributes:
+        real, samples: moments of all images.
+        published: `real` is from elsewhere, so that of its images no other set can be drawn.
+    """
+
+    real: Moments
+    samples: Moments
+    published: bool = False
+
+
 def score_family(
     real: Tensor,
     samples: Tensor,
@@ -46,6 +59,7 @@ def score_family(
     sample_labels: Tensor | None = None,
     sample_logits: Tensor | None = None,
     settings: FamilySettings | None = None,
+    whole: Whole | None = None,
 ) -> dict[str, float]:
     """Every score that both sides' kept features allow. All draws are fixed, so equal inputs give equal scores.
 
@@ -55,6 +69,7 @@ def score_family(
         real_labels, sample_labels: (n,) and (m,) int64 classes, -1 for none; with both there are distances by class.
         sample_logits: (m, classes); with them there is an Inception score.
         settings: the default leaves out what needs many Frechet distances.
+        whole: the sets behind `fd_low`, `fd_high` and `fd_infinity`; the features themselves if left out.
 
     Returns:
         flat: `kid`, `kid_error` (standard error), `precision`, `recall`, `density`, `coverage`; `inception_score`,
@@ -82,9 +97,10 @@ def score_family(
     if real_labels is not None and sample_labels is not None:
         scores |= class_distances(real, samples, real_labels[:MOST_KEPT], sample_labels[:MOST_KEPT])
     if settings.bootstrap:
-        scores |= bootstrap_interval(real, samples, settings.bootstrap, settings.confidence)
+        scores |= bootstrap_interval(real, samples, settings.bootstrap, settings.confidence, whole)
     if settings.extrapolation:
-        scores |= extrapolate(real, samples, settings.extrapolation)
+        of_real = moments_of_features(real) if whole is None else whole.real
+        scores |= extrapolate(of_real, samples, settings.extrapolation)
     return scores
 
 
@@ -130,25 +146,45 @@ def class_distances(real: Tensor, samples: Tensor, real_labels: Tensor, sample_l
     return {"fd_class_mean": sum(values) / len(values), "fd_class_worst": max(values), **distances}
 
 
-def bootstrap_interval(real: Tensor, samples: Tensor, rounds: int, confidence: float) -> dict[str, float]:
+def bootstrap_interval(
+    real: Tensor, samples: Tensor, rounds: int, confidence: float, whole: Whole | None = None
+) -> dict[str, float]:
     """Basic bootstrap interval of the Frechet distance, samples and real images both drawn anew.
 
     A resampled set repeats images, so its distance is larger by another bias of small sets; the basic interval,
     2 fd - quantile, takes that bias off, where percentiles alone would add it.
 
     **Source**: Davison and Hinkley 1997, equation 5.6.
+
+    Args:
+        real, samples: features.
+        rounds: resampled sets.
+        confidence: in (0, 1).
+        whole: larger sets that the features are an even part of. Resampled sets are then as large as these, and the
+            interval is that of their distance. Published real moments stay as they are.
     """
-    fd = frechet_distance_of_features(real, samples)
+    sizes = (len(real), len(samples)) if whole is None else (whole.real.n, whole.samples.n)
+    fixed = whole.real if whole is not None and whole.published else None
+    own = frechet_distance_of_features(real, samples) if fixed is None else _to_fixed(fixed, samples, None)
+    fd = own if whole is None else frechet_distance(whole.real, whole.samples)
     values = []
     for i in range(rounds):
-        x, y = (f[_draw_with_repeats(len(f), 2 * i + side)] for side, f in enumerate((real, samples)))
-        values.append(frechet_distance_of_features(x, y))
+        x, y = (_draw_counts(len(f), n, 2 * i + s) for s, (f, n) in enumerate(zip((real, samples), sizes, strict=True)))
+        values.append(
+            frechet_distance_of_features(real, samples, x_counts=x, y_counts=y)
+            if fixed is None
+            else _to_fixed(fixed, samples, y)
+        )
     tails = torch.tensor([(1 + confidence) / 2, (1 - confidence) / 2], dtype=torch.float64)
-    low, high = (2 * fd - torch.quantile(torch.tensor(values, dtype=torch.float64), tails)).tolist()
+    low, high = (fd + own - torch.quantile(torch.tensor(values, dtype=torch.float64), tails)).tolist()
     return {"fd_low": max(low, 0.0), "fd_high": high}
 
 
-def extrapolate(real: Tensor, samples: Tensor, sizes: int) -> dict[str, float]:
+def _to_fixed(real: Moments, samples: Tensor, counts: Tensor | None) -> float:
+    return frechet_distance(real, moments_of_features(samples, counts))
+
+
+def extrapolate(real: Moments, samples: Tensor, sizes: int) -> dict[str, float]:
     """The Frechet distance that infinitely many samples would have: the value at 0 of a line through it over 1 / m.
 
     Only the number of samples goes to infinity; the real images stay as they are. Its own error may make it negative.
@@ -160,7 +196,7 @@ def extrapolate(real: Tensor, samples: Tensor, sizes: int) -> dict[str, float]:
         return {}
     counts = torch.linspace(least, len(samples), sizes).long()
     order = [_order(len(samples), 1000 + i) for i in range(sizes)]
-    values = [frechet_distance_of_features(real, samples[o[:m]]) for o, m in zip(order, counts.tolist(), strict=True)]
+    values = [_to_fixed(real, samples[o[:m]], None) for o, m in zip(order, counts.tolist(), strict=True)]
     inverse = torch.stack((torch.ones(sizes, dtype=torch.float64), 1 / counts.double()), dim=1)
     line = torch.linalg.lstsq(inverse, torch.tensor(values, dtype=torch.float64)[:, None]).solution
     return {"fd_infinity": float(line[0])}
@@ -170,5 +206,7 @@ def _order(size: int, draw: int) -> Tensor:
     return draw_permutation(0, Stream.SCORES, size, draw=draw)
 
 
-def _draw_with_repeats(size: int, draw: int) -> Tensor:
-    return (draw_uniform(0, Stream.SCORES, torch.arange(size), draw=draw).double() * size).long().clamp_max(size - 1)
+def _draw_counts(kept: int, size: int, draw: int) -> Tensor:
+    """(kept,) how often each of `kept` is drawn in `size` draws."""
+    drawn = draw_uniform(0, Stream.SCORES, torch.arange(size), draw=draw).double()
+    return torch.bincount((drawn * kept).long().clamp_max(kept - 1), minlength=kept)

@@ -11,9 +11,6 @@ import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.error import URLError
-from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +18,12 @@ from torch.nn import functional
 
 from pipeline.engine.blocks import Branches, Pool, fold, make_convolution
 from pipeline.errors import UserError
+from pipeline.runtime.download import is_url, read_source
 from pipeline.runtime.files import whole_file
 
 INPUT_PX = 299
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 _SHA256_PREFIX = "6726825d"  # all that is published of the hash: the end of the file's name
-_MOST_BYTES = 1 << 28
-_TIMEOUT_S = 60
 
 
 def resize_tf1(images: Tensor) -> Tensor:
@@ -84,21 +80,14 @@ def load_inception_weights(source: str | None, cache: Path) -> tuple[Mapping[str
             f"reference.inception_weights is null, but reference.extractor asks for inception: set it to the path or "
             f"URL of {WEIGHTS_FILE}, or use efficientnet_lite0"
         )
-    if urlsplit(source).scheme in ("http", "https"):
-        path = cache / WEIGHTS_FILE
-        content = path.read_bytes() if path.exists() else b""
-        if not hashlib.sha256(content).hexdigest().startswith(_SHA256_PREFIX):
-            content = _download(source)
-            _check(content, source)
+    path = cache / WEIGHTS_FILE
+    content = path.read_bytes() if is_url(source) and path.exists() else b""
+    if not hashlib.sha256(content).hexdigest().startswith(_SHA256_PREFIX) or not content:
+        content = read_source(source, key="reference.inception_weights", name=WEIGHTS_FILE)
+        _check(content, source)
+        if is_url(source):
             with whole_file(path) as aside:
                 aside.write_bytes(content)
-    else:
-        try:
-            content = Path(source).expanduser().read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"reference.inception_weights: {source}: {error.strerror}; put {WEIGHTS_FILE} there, or name its URL"
-            ) from None
     digest = _check(content, source)
     try:
         state: Mapping[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -116,19 +105,6 @@ def _check(content: bytes, source: str) -> str:
             f"would compare with nothing; it must be {WEIGHTS_FILE}"
         )
     return digest
-
-
-def _download(url: str) -> bytes:
-    try:
-        with urlopen(url, timeout=_TIMEOUT_S) as answer:
-            content: bytes = answer.read(_MOST_BYTES + 1)
-    except (URLError, OSError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"reference.inception_weights: {url} can't be fetched ({reason}); fetch {WEIGHTS_FILE} by hand and "
-            "name its path"
-        ) from None
-    return content
 
 
 class _Builder:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ddpm_core.frechet import Moments
 from pipeline.data.index import ShardIndex
 from pipeline.data.store import ShardStore
+from pipeline.engine.collect import over_ranks
 from pipeline.engine.features import Extractor
-from pipeline.engine.score import over_ranks
 from pipeline.runtime.topology import Topology
 
 

@@ -3,108 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
-from tqdm import tqdm
 
 from ddpm_core.frechet import Moments, frechet_distance
 from pipeline.data.index import ShardIndex
 from pipeline.data.store import ShardSource, ShardStore, read_meta
-from pipeline.engine.features import Extractor
+from pipeline.engine.collect import spread, to_vectors
 from pipeline.errors import UserError
 from pipeline.runtime.files import load_json
 from pipeline.runtime.rng import Stream, draw_permutation
-from pipeline.runtime.topology import Topology
 
-_MOST_VECTOR_PX = 16
 _CHUNK = 512
-
-
-def halves(num_images: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Two disjoint random sets of `size` images, the same each time."""
-    order = draw_permutation(0, Stream.HALVES, num_images).numpy()
-    return order[:size], order[size : 2 * size]
-
-
-def stream_moments(
-    index: ShardIndex,
-    extractor: Extractor,
-    subsets: Mapping[str, NDArray[np.int64]],
-    topology: Topology,
-    *,
-    batch_size: int,
-    label: str,
-    source: ShardSource | None = None,
-) -> dict[str, Moments]:
-    """Feature moments of a set of images and of subsets of it, in one pass over all ranks.
-
-    Args:
-        index: the images.
-        extractor: the feature network.
-        subsets: name -> ids.
-        topology: each rank reads a contiguous share.
-        batch_size: images read at once.
-        label: of the progress bar.
-        source: where the tars are; the index's folder if left out.
-
-    Returns:
-        `all` and each subset's name -> moments, complete on every rank. Memory does not grow with the number of images.
-    """
-    ids = np.arange(index.num_images)
-    members = {"all": np.ones(len(ids), dtype=bool)} | {name: np.isin(ids, chosen) for name, chosen in subsets.items()}
-    moments = {name: Moments(extractor.dim) for name in members}
-    store = ShardStore(index, source)
-    mine = ids[topology.slice_of(len(ids))]
-    with tqdm(total=len(mine), unit="img", disable=None if topology.is_main else True, desc=label) as bar:
-        for start in range(0, len(mine), batch_size):
-            chosen = mine[start : start + batch_size]
-            features = extractor(torch.from_numpy(store.read(chosen)[0])).cpu()
-            for name, member in members.items():
-                moments[name].add(features[torch.from_numpy(member[chosen])])
-            bar.update(len(chosen))
-    return {name: over_ranks(m, topology) for name, m in moments.items()}
-
-
-def over_ranks(moments: Moments, topology: Topology) -> Moments:
-    """The moments of all ranks together."""
-    return Moments.from_tensors(*(topology.sum_(tensor) for tensor in moments.to_tensors()))
-
-
-def save_moments(path: Path, moments: Moments) -> None:
-    """Write moments as safetensors `n`, `total`, `outer`."""
-    n, total, outer = moments.to_tensors()
-    save_file({"n": n, "total": total, "outer": outer}, path)
-
-
-def load_moments(path: Path) -> Moments:
-    """Read what :func:`save_moments` wrote."""
-    tensors = load_file(path)
-    return Moments.from_tensors(tensors["n"], tensors["total"], tensors["outer"])
-
-
-def load_reference(folder: Path, real: ShardIndex) -> tuple[dict[str, Any], dict[str, Moments]]:
-    """The reference's description and moments.
-
-    Raises:
-        UserError: it is missing or was made from other images.
-    """
-    try:
-        reference: dict[str, Any] = load_json(folder / "reference.json")
-        moments = {name: load_moments(folder / f"{name}.safetensors") for name in ("all", "half_a", "half_b")}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no readable reference ({error}); run `dvc repro reference`") from None
-    if reference["shard_index_sha256"] != real.sha256:
-        raise UserError(f"{folder} belongs to other shards than {real.folder}: run `dvc repro reference`")
-    return reference, moments
 
 
 def load_reconstruction_scores(path: Path, protocol: str) -> dict[str, float]:
@@ -128,48 +44,79 @@ def mean_distance(first: list[Moments], second: list[Moments]) -> float:
     return float(np.mean([frechet_distance(a, b) for a, b in product(first, second)]))
 
 
-def read_vectors(
-    index: ShardIndex, most: int, source: ShardSource | None = None
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Pixels of at most `most` images, evenly spread over the set, as vectors in [0, 1].
+class Pixels(NamedTuple):
+    """Images as vectors, as :func:`to_vectors` gives them.
 
-    Images above 16 px are averaged down to 16 px: enough to tell classes and copies, and small enough to compare all
-    with all.
-
-    Returns:
-        (n, d) float32 and (n,) labels, -1 where there is none.
+    Attributes:
+        ids: (n,) int64 numbers in their set.
+        vectors: (n, d) float32.
+        labels: (n,) int64, -1 where there is none.
     """
-    ids = np.unique(np.linspace(0, index.num_images - 1, min(most, index.num_images)).astype(np.int64))
+
+    ids: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+def read_vectors(index: ShardIndex, most: int, source: ShardSource | None = None) -> Pixels:
+    """Pixels of at most `most` images, evenly spread over the set."""
+    ids = spread(index.num_images, most)
     store, parts, labels = ShardStore(index, source), [], []
     for start in range(0, len(ids), _CHUNK):
         images, classes = store.read(ids[start : start + _CHUNK])
-        pixels = torch.from_numpy(images).float() / 255
-        if index.image_size > _MOST_VECTOR_PX:
-            pixels = functional.adaptive_avg_pool2d(pixels, _MOST_VECTOR_PX)
-        parts.append(pixels.flatten(1).numpy())
+        parts.append(to_vectors(torch.from_numpy(images)).numpy())
         labels.append(classes)
-    return np.concatenate(parts), np.concatenate(labels)
+    return Pixels(ids, np.concatenate(parts), np.concatenate(labels))
 
 
-def class_accuracy(
-    real: NDArray[np.float32], labels: NDArray[np.int64], samples: NDArray[np.float32], asked: NDArray[np.int64]
-) -> tuple[float | None, float | None]:
-    """How often a support vector classifier trained on real images agrees with the label that was asked for.
+class Agreement(NamedTuple):
+    """How well a support vector classifier and the labels agree; None where what it learns from is of one class.
 
-    Returns:
-        the share of samples; and of a held-out fifth of the real images, for a classifier trained on the rest. None
-        where the images to train on are of one class.
+    Attributes:
+        class_accuracy: share of samples that one trained on real images takes for what was asked for.
+        class_accuracy_real: the same of a held-out fifth of the real images, for one trained on the others.
+        cas: share of that fifth that one trained on samples gets right, the classification accuracy score: it falls
+            where samples lack variety, which `class_accuracy` does not see.
+        by_class: `class_accuracy` of each label that was asked for.
+
+    **Source**: Ravuri and Vinyals 2019 for `cas`.
     """
+
+    class_accuracy: float | None
+    class_accuracy_real: float | None
+    cas: float | None
+    by_class: dict[int, float]
+
+
+def class_agreement(real: Pixels, samples: Pixels) -> Agreement:
+    """Train on one side, test on the other, and beside it on real images alone."""
+    order = draw_permutation(0, Stream.HALVES, len(real.vectors), draw=1).numpy()
+    held_out, rest = np.split(order, [len(order) // 5])
+    images, labels = real.vectors, real.labels
+    right = _right(images[order], labels[order], samples.vectors, samples.labels)
+    asked = [] if right is None else np.unique(samples.labels).tolist()
+    return Agreement(
+        class_accuracy=_share(right),
+        class_accuracy_real=_share(_right(images[rest], labels[rest], images[held_out], labels[held_out])),
+        cas=_share(_right(samples.vectors, samples.labels, images[held_out], labels[held_out])),
+        by_class={} if right is None else {label: float(right[samples.labels == label].mean()) for label in asked},
+    )
+
+
+def _right(
+    known: NDArray[np.float32], labels: NDArray[np.int64], images: NDArray[np.float32], truth: NDArray[np.int64]
+) -> NDArray[np.bool_] | None:
+    """Of which images a classifier trained on `known` finds the label."""
     from sklearn.svm import SVC  # slow to import
 
-    def agreement(known: NDArray[np.int64], images: NDArray[np.float32], truth: NDArray[np.int64]) -> float | None:
-        if len(np.unique(labels[known])) < 2 or not len(images):
-            return None
-        return float(SVC(C=10.0, gamma="scale").fit(real[known], labels[known]).score(images, truth))
+    if len(np.unique(labels)) < 2 or not len(images):
+        return None
+    found = SVC(C=10.0, gamma="scale").fit(known, labels).predict(images)
+    return np.asarray(found == truth, dtype=np.bool_)
 
-    order = draw_permutation(0, Stream.HALVES, len(real), draw=1).numpy()
-    held_out, rest = np.split(order, [len(real) // 5])
-    return agreement(order, samples, asked), agreement(rest, real[held_out], labels[held_out])
+
+def _share(right: NDArray[np.bool_] | None) -> float | None:
+    return None if right is None else int(right.sum()) / len(right)
 
 
 def context_psnr(real: ShardIndex, samples: ShardIndex, source: ShardSource | None = None) -> dict[str, float | None]:
@@ -208,18 +155,23 @@ def context_psnr(real: ShardIndex, samples: ShardIndex, source: ShardSource | No
     return {"context_psnr": same, "context_psnr_other": other}
 
 
-def memorised_share(candidates: NDArray[np.float32], real: NDArray[np.float32]) -> float:
-    """Share of candidates nearer to their nearest real image than that image is to any other, different real image.
+def memorised(candidates: NDArray[np.float32], real: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which candidates are nearer to their nearest real image than that image is to any other, different real image.
 
     Real images that occur twice count once: otherwise a copy of one could not be nearer than its twin.
     """
     pool = torch.from_numpy(np.unique(real, axis=0))
     spacing = torch.cat([_nearest(part, pool, first=i * _CHUNK)[0] for i, part in enumerate(torch.split(pool, _CHUNK))])
-    closer = 0
+    closer = []
     for part in torch.split(torch.from_numpy(candidates), _CHUNK):
         distance, neighbour = _nearest(part, pool)
-        closer += int((distance < spacing[neighbour]).sum())
-    return closer / len(candidates)
+        closer.append((distance < spacing[neighbour]).numpy())
+    return np.concatenate(closer)
+
+
+def memorised_share(candidates: NDArray[np.float32], real: NDArray[np.float32]) -> float:
+    """Share of candidates that are :func:`memorised`."""
+    return int(memorised(candidates, real).sum()) / len(candidates)
 
 
 def _nearest(part: Tensor, pool: Tensor, *, first: int | None = None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
 
@@ -42,28 +43,36 @@ def read_statistics(path: Path, dim: int) -> Moments:
         UserError: unreadable, of another dimension, not finite, or `sigma` is no covariance.
     """
     try:
-        with np.load(path, allow_pickle=False) as content:
-            if missing := [key for key in ("mu", "sigma") if key not in content.files]:
-                raise UserError(f"{path}: no {' and no '.join(missing)} in it; expected the arrays mu and sigma")
-            mean, covariance = (torch.from_numpy(content[key].astype(np.float64)) for key in ("mu", "sigma"))
-            n = int(content["n"]) if "n" in content.files else _ASSUMED_N
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: not a readable .npz of mu and sigma ({error.strerror})") from None
+    return parse_statistics(content, str(path), dim)
+
+
+def parse_statistics(content: bytes, name: str, dim: int) -> Moments:
+    """As :func:`read_statistics`, of a file's bytes; `name` says in errors what they are."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            if missing := [key for key in ("mu", "sigma") if key not in arrays.files]:
+                raise UserError(f"{name}: no {' and no '.join(missing)} in it; expected the arrays mu and sigma")
+            mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
+            n = int(arrays["n"]) if "n" in arrays.files else _ASSUMED_N
     except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable .npz of mu and sigma ({reason})") from None
+        raise UserError(f"{name}: not a readable .npz of mu and sigma ({str(error).splitlines()[0]})") from None
     if mean.shape != (dim,) or covariance.shape != (dim, dim):
         raise UserError(
-            f"{path}: mu is {tuple(mean.shape)} and sigma {tuple(covariance.shape)}, but the extractor gives {dim} "
+            f"{name}: mu is {tuple(mean.shape)} and sigma {tuple(covariance.shape)}, but the extractor gives {dim} "
             "features: use statistics of the same extractor"
         )
-    return _moments(path, n, mean, covariance)
+    return _moments(name, n, mean, covariance)
 
 
-def _moments(path: Path, n: int, mean: Tensor, covariance: Tensor) -> Moments:
+def _moments(name: str, n: int, mean: Tensor, covariance: Tensor) -> Moments:
     largest = float(covariance.abs().max())
     if n < 2 or float((covariance - covariance.T).abs().max()) > 1e-6 * largest or not largest < float("inf"):
-        raise UserError(f"{path}: sigma is not finite and symmetric, or n is below 2: it is no covariance of a set")
+        raise UserError(f"{name}: sigma is not finite and symmetric, or n is below 2: it is no covariance of a set")
     outer = (n - 1) * (covariance + covariance.T) / 2 + n * torch.outer(mean, mean)
     try:
         return Moments.from_tensors(torch.tensor(n), n * mean, outer)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{name}: {error}") from None

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -105,12 +105,13 @@ class StopRequest:
             signal.signal(number, signal.default_int_handler)
 
 
-def restart_under_torchrun(module: str, machine: Machine) -> None:
+def restart_under_torchrun(module: str, machine: Machine, arguments: Sequence[str] = ()) -> None:
     """Replace this process by torchrun when the machine calls for several processes; else return.
 
     Args:
         module: the stage, as in `python -m MODULE`.
         machine: says how many processes; by default one a GPU.
+        arguments: of its command line.
     """
     if "RANK" in os.environ:
         return
@@ -121,4 +122,4 @@ def restart_under_torchrun(module: str, machine: Machine) -> None:
         processes = max(1, torch.cuda.device_count()) if machine.device != "cpu" else 1
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        os.execv(sys.executable, [*command, "-m", module])
+        os.execv(sys.executable, [*command, "-m", module, *arguments])

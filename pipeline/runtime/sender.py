@@ -18,6 +18,7 @@ from pipeline.runtime.spool import Spool
 
 LOG = logging.getLogger("pipeline.tracking")
 EXPERIMENT = "ddpm-pipeline"
+PARENT, CHILD = "mlflow.parentRunId", "child_key"  # tags
 CHUNK = 50  # values an event
 LIMITS = {"metrics": 800, "params": CHUNK, "tags": CHUNK}  # values a call; the server allows 1000, 100 and 100
 
@@ -34,17 +35,25 @@ def redact(text: object) -> str:
 
 
 class Sender:
-    """Reads the spool and talks to MLflow. Lives in the recorder's thread, but for `run_id` and `offset`."""
+    """Reads the spool and talks to MLflow. Lives in the recorder's thread, but for `run_id` and `offset`.
 
-    def __init__(self, spool: Spool, *, uri: str, artifacts: str | None, train_key: str, run_name: str) -> None:
+    The run is the one whose tag `key_tag` is `key`; where a training with the tag train_key = `parent_key` has a run,
+    it is that one's child.
+    """
+
+    def __init__(
+        self, spool: Spool, *, uri: str, artifacts: str | None, key_tag: str, key: str, run_name: str,
+        parent_key: str | None = None,
+    ) -> None:  # fmt: skip
         self.spool, self.uri, self.artifacts = spool, uri, artifacts
-        self.train_key, self.run_name = train_key, run_name
+        self.key_tag, self.key, self.run_name, self.parent_key = key_tag, key, run_name, parent_key
         sent = load_json(spool.folder / "sent.json") if (spool.folder / "sent.json").exists() else {}
         self.run_id: str | None = sent.get("run_id")
         self.offset: int = sent.get("offset", 0) if sent.get("offset", 0) <= spool.size else 0
         self.deadline = math.inf
         self.floor: dict[str, int] = {}  # last step the server holds, looked up when the spool does not know
         self._client: Any = None
+        self._experiment_id = ""
         self._experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         self._params: dict[str, str] = {}
         self._images: set[tuple[str, int]] = set()
@@ -71,14 +80,15 @@ class Sender:
         client = MlflowClient(tracking_uri=self.uri)
         found = client.get_experiment_by_name(self._experiment)
         experiment = found.experiment_id if found else client.create_experiment(self._experiment, self.artifacts)
-        runs = client.search_runs([experiment], f"tags.train_key = '{self.train_key}'", order_by=["start_time ASC"])
-        if runs:
-            run = runs[0]
-        else:
+        run = _first_run(client, experiment, **{self.key_tag: self.key})
+        if run is None:
             began = next((event["time"] for event, _ in self.spool.events(0)), None)
-            run = client.create_run(experiment, began, {"train_key": self.train_key}, self.run_name)
+            run = client.create_run(experiment, began, {self.key_tag: self.key}, self.run_name)
+        if self.parent_key and (parent := _first_run(client, experiment, train_key=self.parent_key)):
+            client.set_tag(run.info.run_id, PARENT, parent.info.run_id)
         known = run.info.run_id == self.run_id
         self.run_id = run.info.run_id
+        self._experiment_id = experiment
         self._params = dict(run.data.params)
         self._images = {
             (match[1], int(match[2]))
@@ -171,6 +181,8 @@ class Sender:
                 client, str(self.run_id), self._experiment, self.spool.folder / event["place"],
                 score_name=event["name"], score=event["score"], protocol=event["protocol"],
             )  # fmt: skip
+        elif kind == "child":
+            self._send_child(event)
         elif kind == "dataset":
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -184,3 +196,26 @@ class Sender:
             client.set_terminated(self.run_id, event["status"], when)
         else:
             raise ValueError(f"events.jsonl holds a line of kind {kind}")
+
+    def _send_child(self, event: dict[str, Any]) -> None:
+        """A run of its own below this one, found again by its key: what it already holds is not sent twice."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        client, when, own = self._client, event["time"], {CHILD: event["name"], PARENT: str(self.run_id)}
+        run = _first_run(client, self._experiment_id, **own)
+        if run is None:
+            run = client.create_run(self._experiment_id, when, own, event["run_name"])
+        metrics = [
+            Metric(name, value, when, event["at"])
+            for name, value in event["metrics"].items()
+            if run.data.metrics.get(name) != value
+        ]
+        params = [Param(*item) for item in event["params"].items() if item[0] not in run.data.params]
+        client.log_batch(run.info.run_id, metrics, params, [RunTag(*item) for item in event["tags"].items()])
+        client.set_terminated(run.info.run_id, "FINISHED", when)
+
+
+def _first_run(client: Any, experiment: str, **tags: str) -> Any:
+    """The oldest run with these tags; None if there is none."""
+    text = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    return next(iter(client.search_runs([experiment], text, order_by=["start_time ASC"], max_results=1)), None)

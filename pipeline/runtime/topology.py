@@ -67,6 +67,29 @@ class Topology:
             dist.all_reduce(values)
         return values
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks on the main one, in the order of ranks; the others get their own back.
+
+        Args:
+            rows: (n, ...) on the CPU; n may differ between ranks, and a rank without any need not know the rest of the
+                shape.
+        """
+        if self.world_size == 1:
+            return rows
+        flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
+        shapes = torch.zeros(self.world_size, 2, dtype=torch.int64)
+        shapes[self.rank] = torch.tensor(flat.shape)
+        dist.all_reduce(shapes)
+        most, width = shapes.amax(0).tolist()
+        padded = flat.new_zeros((most, width))
+        padded[: len(flat), : flat.shape[1]] = flat
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(padded, parts)
+        if parts is None:
+            return rows
+        joined = torch.cat([part[:count] for part, count in zip(parts, shapes[:, 0].tolist(), strict=True)])
+        return joined.view(-1, *rows.shape[1:]) if len(rows) else joined
+
     def from_main(self, value: int) -> int:
         """The main rank's integer, on every rank."""
         if self.world_size == 1:

@@ -1,6 +1,6 @@
-"""One MLflow run per trained model, written to by several stages, that can never hold up or end a training.
+"""One MLflow run per trained model (or sweep), written to by several stages, that can never hold up or end a training.
 
-The caller only appends to `<state>/tracking/<train_key>/events.jsonl`. One daemon thread imports mlflow (in sender.py),
+The caller only appends to `<state>/tracking/<key>/events.jsonl`. One daemon thread imports mlflow (in sender.py),
 reads that file from where it last got to, and sends; the file is the queue, so memory stays bounded however long the
 server is away. What was not sent stays there until any stage opens the same key again.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.runtime.files import sha256_file, whole_file
+from pipeline.runtime.files import sha256_file, sha256_json, whole_file
 from pipeline.runtime.monitor import CLOCK, LoadMonitor
 from pipeline.runtime.sender import CHUNK, Sender, redact
 from pipeline.runtime.spool import Spool
@@ -48,22 +48,26 @@ def status_for(error: BaseException | None) -> str:
 
 def open_tracker(
     state: Path,
-    train_key: str,
+    key: str,
     *,
     run_name: str,
     tags: Mapping[str, str],
+    key_tag: str = "train_key",
+    parent_key: str | None = None,
     enabled: bool = True,
     batch_seconds: float = 3.0,
     system_seconds: float = 10.0,
 ) -> Tracker:
-    """The run of `train_key` in the experiment `MLFLOW_EXPERIMENT_NAME`, found by that tag or created, set to RUNNING.
+    """The run of a key in the experiment `MLFLOW_EXPERIMENT_NAME`, found by that tag or created, set to RUNNING.
 
     The store is `MLFLOW_TRACKING_URI`, or else `mlflow.db` and `mlartifacts/` in the current folder.
 
     Args:
-        state: folder that outlives the stage; the events lie in `state/tracking/<train_key>/` and stay there.
-        train_key: hash that names the trained model.
+        state: folder that outlives the stage; the events lie in `state/tracking/<key>/` and stay there.
+        key: hash that names the trained model, or what else `key_tag` is of.
         run_name: shown in the UI; counts only when the run is created.
+        key_tag: the tag that holds the key.
+        parent_key: train_key of the run that this one is a child of, where there is one.
         enabled: `False` gives a tracker that does nothing and touches neither disk nor mlflow.
         batch_seconds: pause between two sendings.
         system_seconds: pause between two samples of this machine's load, 0 for none.
@@ -73,7 +77,7 @@ def open_tracker(
     """
     if not enabled:
         return Tracker(None)
-    folder = state / "tracking" / train_key
+    folder = state / "tracking" / key
     try:
         spool = Spool(folder)
     except BlockingIOError as error:
@@ -85,8 +89,10 @@ def open_tracker(
         spool,
         uri=uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}",
         artifacts=None if uri else (Path.cwd() / "mlartifacts").as_uri(),
-        train_key=train_key,
+        key_tag=key_tag,
+        key=key,
         run_name=run_name,
+        parent_key=parent_key,
     )
     tracker = Tracker(sender, batch_seconds, system_seconds)
     tracker.set_tags(tags)
@@ -202,6 +208,26 @@ class Tracker:
         file = digest[:36]  # what the spool remembers of the event
         if self._sender and self._sender.spool.last.get(("dataset", name)) != file:
             self._append("dataset", name=name, file=file, source=source, profile=json.dumps(dict(profile), default=str))
+
+    def log_child(
+        self,
+        key: str,
+        *,
+        run_name: str,
+        params: Mapping[str, object],
+        metrics: Mapping[str, float],
+        step: int,
+        tags: Mapping[str, str],
+    ) -> None:
+        """Record a finished run of its own below this one, found again by its key; the same content is sent once."""
+        content = {
+            "params": {name: str(value)[:6000] for name, value in params.items()},
+            "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
+            "tags": {name: str(value)[:5000] for name, value in tags.items()},
+        }
+        file = sha256_json([content, step])[:16]  # what the spool remembers of the event
+        if self._sender and self._sender.spool.last.get(("child", key)) != file:
+            self._append("child", name=key, file=file, run_name=run_name, at=int(step), **content)
 
     def close(self, status: str = "FINISHED", timeout_seconds: float = 60.0) -> None:
         """Set the run's status (FINISHED, KILLED or FAILED) and send what the server takes within the time."""

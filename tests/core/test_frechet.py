@@ -7,7 +7,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from ddpm_core.frechet import Moments, frechet_distance, frechet_distance_of_features
+from ddpm_core.frechet import Moments, frechet_distance, frechet_distance_of_features, moments_of_features
 
 
 def draw_features(n: int, dim: int, seed: int = 0) -> Tensor:
@@ -240,3 +240,23 @@ def test_cholesky_and_eigenvectors_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: calls.append(a) or (a, torch.tensor(1)))
     assert frechet_distance(*moments) == pytest.approx(quick, rel=1e-12)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 50), (9, 50), (9, 7)])  # both above, one below, both below the dims
+def test_counts_are_repeated_features(n: int, m: int) -> None:
+    x, y = draw_features(n, 12), draw_features(m, 12, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    times = [torch.randint(0, 3, (size,), generator=generator) for size in (n, m)]
+    repeated = [f.repeat_interleave(t, dim=0) for f, t in zip((x, y), times, strict=True)]
+    expected = frechet_distance_of_features(*repeated)
+    assert frechet_distance_of_features(x, y, x_counts=times[0], y_counts=times[1]) == pytest.approx(expected, rel=1e-9)
+    assert_equal_moments(moments_of_features(x, times[0]), moments_of(repeated[0]), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "counts", [torch.ones(4, dtype=torch.int64), torch.tensor([1, 0, 0]), torch.tensor([3, -1, 1])]
+)
+def test_counts_of_no_set_are_refused(counts: Tensor) -> None:
+    x = draw_features(3, 2)
+    with pytest.raises(ValueError, match="counts are"):
+        frechet_distance_of_features(x, x, x_counts=counts)

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 METRICS = {
     "fd_efficientnet_lite0", "fd_floor", "fd_like_for_like", "fd_ratio", "class_accuracy", "class_accuracy_real",
-    "memorised_share", "memorised_share_real", "num_samples", "num_reference", "floor_images", "protocol", "train_key",
+    "memorised_share", "memorised_share_real", "cas", "cas_real", "kid", "kid_error", "precision", "recall", "density",
+    "coverage", "fd_class_mean", "fd_class_worst", "fd_low", "fd_high", "fd_infinity", "num_samples", "num_reference",
+    "floor_images", "protocol", "protocol_sha256", "train_key",
 }  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.engine.family import FamilySettings, bootstrap_interval, extrapolate, score_family
+from ddpm_core.frechet import frechet_distance, frechet_distance_of_features, moments_of_features
+from pipeline.engine.family import FamilySettings, Whole, bootstrap_interval, extrapolate, score_family
 from pipeline.errors import UserError
 
 DIM = 8
@@ -50,10 +51,8 @@ def test_infinitely_many_samples_take_the_bias_off() -> None:
     real = draw(20_000)
     few = draw(100, 0.5, seed=1)
     full = float((draw(20_000, 0.5, seed=1).mean(0) - real.mean(0)).square().sum())
-    from ddpm_core import frechet_distance_of_features
-
     biased = frechet_distance_of_features(real, few)
-    assert abs(extrapolate(real, few, 12)["fd_infinity"] - full) < abs(biased - full)
+    assert abs(extrapolate(moments_of_features(real), few, 12)["fd_infinity"] - full) < abs(biased - full)
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
@@ -64,10 +63,25 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert 14 <= held <= 20
 
 
+def test_an_interval_of_kept_features_is_that_of_the_whole_sets() -> None:
+    real, samples = draw(4000), draw(4000, 0.6, seed=1)
+    whole = Whole(moments_of_features(real), moments_of_features(samples))
+    truth = frechet_distance(*whole[:2])
+    found = bootstrap_interval(real[::8], samples[::8], 40, 0.95, whole)
+    assert found["fd_low"] < truth < found["fd_high"]
+    alone = bootstrap_interval(real[::8], samples[::8], 40, 0.95)
+    ratio = (alone["fd_high"] - alone["fd_low"]) / (found["fd_high"] - found["fd_low"])
+    assert ratio == pytest.approx(8**0.5, rel=0.35)  # an error falls with the root of the number
+    fixed = bootstrap_interval(real[:2], samples[::8], 40, 0.95, Whole(*whole[:2], published=True))
+    assert fixed["fd_low"] < truth < fixed["fd_high"]
+    assert fixed["fd_high"] - fixed["fd_low"] < found["fd_high"] - found["fd_low"]  # one side less to draw
+
+
 def test_what_few_images_do_not_allow_is_left_out() -> None:
     found = score_family(draw(3), draw(3, seed=1), torch.arange(3), torch.arange(3), None, SETTINGS)
     assert not {"kid", "precision", "fd_class_mean"} & set(found)
-    assert extrapolate(draw(5), draw(2), 4) == {} == extrapolate(draw(5), draw(50), 1)
+    real = moments_of_features(draw(5))
+    assert extrapolate(real, draw(2), 4) == {} == extrapolate(real, draw(50), 1)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pipeline.engine.features import load_extractor
 from pipeline.engine.inception import WEIGHTS_FILE, build_inception, load_inception_weights, resize_clean, resize_tf1
 from pipeline.engine.onnx import OnnxNetwork, write_onnx
 from pipeline.errors import UserError
+from pipeline.runtime import download
 
 
 def draw_images(*shape: int) -> Tensor:
@@ -85,7 +86,7 @@ def test_what_is_no_plain_weights_is_never_run(tmp_path: Path, monkeypatch: pyte
 
 def test_a_url_is_fetched_once_and_kept_whole(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [b"half", weights.read_bytes(), URLError("no route")]
-    monkeypatch.setattr(inception, "urlopen", lambda url, timeout: io.BytesIO(answers.pop(0)))
+    monkeypatch.setattr(download, "urlopen", lambda url, timeout: io.BytesIO(answers.pop(0)))
     cache, url = tmp_path / "cache", "https://example.org/weights.pth"
     with pytest.raises(UserError, match="has sha256"):
         load_inception_weights(url, cache)
@@ -98,7 +99,7 @@ def test_a_url_is_fetched_once_and_kept_whole(tmp_path: Path, weights: Path, mon
     def fail(url: str, timeout: float) -> None:
         raise answers.pop()  # type: ignore[misc]
 
-    monkeypatch.setattr(inception, "urlopen", fail)
+    monkeypatch.setattr(download, "urlopen", fail)
     with pytest.raises(UserError, match=r"can't be fetched \(no route\)"):
         load_inception_weights(url, cache)
 

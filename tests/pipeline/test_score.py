@@ -9,7 +9,8 @@ import pytest
 from pipeline.data.index import ShardIndex
 from pipeline.data.store import read_meta
 from pipeline.data.writer import Sample, write_shards
-from pipeline.engine.score import class_accuracy, context_psnr, halves, memorised_share
+from pipeline.engine.reference import halves
+from pipeline.engine.score import Pixels, class_agreement, context_psnr, memorised_share
 from pipeline.errors import UserError
 
 
@@ -26,9 +27,13 @@ def test_a_copy_of_an_image_that_is_there_twice_is_a_copy() -> None:
     assert memorised_share(real, np.concatenate((real, real))) == 1.0
 
 
+def as_pixels(vectors: np.ndarray, labels: np.ndarray) -> Pixels:
+    return Pixels(np.arange(len(vectors)), vectors, labels)
+
+
 def test_one_class_gives_no_accuracy() -> None:
-    images, labels = np.zeros((6, 2), dtype=np.float32), np.ones(6, dtype=np.int64)
-    assert class_accuracy(images, labels, images, labels) == (None, None)
+    images = as_pixels(np.zeros((6, 2), dtype=np.float32), np.ones(6, dtype=np.int64))
+    assert class_agreement(images, images) == (None, None, None, {})
 
 
 def test_the_share_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,10 +48,21 @@ def test_the_share_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) ->
 def test_accuracy_counts_agreement_with_the_asked_label() -> None:
     rng = np.random.default_rng(0)
     centres, labels = np.eye(3, dtype=np.float32), np.arange(90) % 3
-    real = centres[labels] + rng.normal(0, 0.05, (90, 3)).astype(np.float32)
-    asked = np.array([0, 1, 2, 2])
-    agreement, known = class_accuracy(real, labels, centres[[0, 1, 2, 0]], asked)
-    assert (agreement, known) == (0.75, 1.0)
+    real = as_pixels(centres[labels] + rng.normal(0, 0.05, (90, 3)).astype(np.float32), labels)
+    found = class_agreement(real, as_pixels(centres[[0, 1, 2, 0]], np.array([0, 1, 2, 2])))
+    assert (found.class_accuracy, found.class_accuracy_real) == (0.75, 1.0)
+    assert found.by_class == {0: 1.0, 1: 1.0, 2: 0.5}
+
+
+def test_a_classifier_trained_on_samples_that_lack_a_class_never_finds_it() -> None:
+    rng = np.random.default_rng(0)
+    centres, labels = np.eye(3, dtype=np.float32), np.arange(300) % 3
+    real = as_pixels(centres[labels] + rng.normal(0, 0.05, (300, 3)).astype(np.float32), labels)
+    whole = class_agreement(real, as_pixels(centres[labels], labels))
+    assert (whole.class_accuracy, whole.cas) == (1.0, 1.0)
+    lacking = class_agreement(real, as_pixels(centres[labels % 2], labels % 2))
+    assert lacking.class_accuracy == 1.0  # of what was asked for, all is right
+    assert lacking.cas == pytest.approx(2 / 3, abs=0.1)  # and a third of the real images is unknown
 
 
 def test_halves_are_disjoint_and_always_the_same() -> None:
