@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ddpm_core
-from ddpm_core import (
-    AutoGuidance,
-    ClassEmbedding,
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    Conditions,
-    ContextConcat,
-    DenoisingNetwork,
-    DiT,
-    IntervalGuidance,
-    LinearOperator,
-    NoiseSchedule,
-    NoisyClassifier,
-    UNet,
-)
-from ddpm_core.nn.attention import count_heads
-from pipeline.sections import (ClassifierParams, ModelParams, OptimizerParams, Params, SampleParams, ScheduleParams, TrainParams)
-from pipeline.data.index import ShardIndex
-from pipeline.data.mixing import BalancedOrder, MixedOrder, MixedWindowedOrder
-from pipeline.data.order import Order, RandomOrder, WindowedOrder
-from pipeline.engine.context import LABEL, Colour, ContextMaker, Inpaint, RealContexts, SuperResolution
-from pipeline.engine.generate import ImageSampler
-from pipeline.engine.latents import FirstStage
+from ddpm_core import LinearOperator
 from pipeline.errors import UserError
-from pipeline.runtime.rng import Stream, draw_integer
 
 
 def build_operator(

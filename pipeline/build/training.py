@@ -4,45 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import ddpm_core
 from ddpm_core import EMA
-from ddpm_core import (
-    AutoGuidance,
-    ClassEmbedding,
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    Conditions,
-    ContextConcat,
-    DenoisingNetwork,
-    DiT,
-    IntervalGuidance,
-    LinearOperator,
-    NoiseSchedule,
-    NoisyClassifier,
-    UNet,
-)
-from ddpm_core.nn.attention import count_heads
-from pipeline.sections import (ClassifierParams, ModelParams, OptimizerParams, Params, SampleParams, ScheduleParams, TrainParams)
 from pipeline.data.index import ShardIndex
 from pipeline.data.loader import Batch, iterate_batches
 from pipeline.data.mixing import BalancedOrder, MixedOrder, MixedWindowedOrder
 from pipeline.data.order import Order, RandomOrder, WindowedOrder
-from pipeline.engine.context import LABEL, Colour, ContextMaker, Inpaint, RealContexts, SuperResolution
-from pipeline.engine.generate import ImageSampler
-from pipeline.engine.latents import FirstStage
 from pipeline.data.store import ShardSource
 from pipeline.engine.state import NUM_SUMS, TrainState
 from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.runtime.rng import Stream, draw_integer
 from pipeline.runtime.topology import Topology
+from pipeline.sections import OptimizerParams, Params, TrainParams
 
 
 def build_order(params: Params, indexes: Sequence[ShardIndex]) -> Order:

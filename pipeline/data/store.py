@@ -142,7 +142,7 @@ class ShardStore:
             raise self._damaged(ids[place], rows[place]["shard"])
         if not pixels.size:
             return
-        heads, target = memoryview(bytearray(head * len(ids))), memoryview(pixels).cast("B")
+        heads, target = memoryview(bytearray(head * len(ids))), pixels.data.cast("B")
         self._fetch(ids, rows, [
             (heads[place * head : (place + 1) * head], target[place * size : (place + 1) * size])
             for place in places.tolist()

@@ -200,7 +200,10 @@ def test_neighbours_are_read_by_one_call(index: ShardIndex, monkeypatch: pytest.
     monkeypatch.setattr(store_module.os, "preadv", lambda *given: calls.append(len(given[1])) or real(*given))
     images, _ = store_module.ShardStore(index).read(np.array([3, 0, 2, 1, 4, 9, 7]))
     assert images[:, 0, 0, 0].tolist() == [3, 0, 2, 1, 4, 9, 7]
-    assert calls == [14, 5]  # five headers, their pixels and the gaps between; the second tar: two and what lies between
+    assert calls == [
+        14,
+        5,
+    ]  # five headers, their pixels, the gaps between; the second tar: two and the gap
 
 
 def test_a_read_that_stops_early_is_gone_on_with(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:

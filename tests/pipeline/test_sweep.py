@@ -1,4 +1,4 @@
-"""The command as people start it: what it counts, keeps, refuses, and leaves in MLflow. The extractor is a small one."""
+"""The command as people start it: what it counts, keeps, refuses, and leaves in MLflow. A small extractor."""
 
 from __future__ import annotations
 
