@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from contextlib import nullcontext
-from dataclasses import astuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from pipeline.engine.features import Extractor
 from pipeline.engine.neighbours import draw_neighbours, table_rows
 from pipeline.engine.reference import Reference, load_reference, save_moments
 from pipeline.engine.score import context_psnr, load_reconstruction_scores, read_vectors
+from pipeline.engine.tables import Row, make_csv
 from pipeline.lineage import provenance, stage_key
 from pipeline.machine import Machine, load_machine
 from pipeline.runtime.files import load_json, locked_folder, save_json, sha256_json, whole_folder
@@ -31,6 +30,7 @@ from pipeline.runtime.topology import Topology, start_topology
 from pipeline.runtime.tracking import open_tracker
 
 log = logging.getLogger(__name__)
+CLASS_COLUMNS = ("label", "class", "samples", "real", "fd", "accuracy")
 COLLECT = "pipeline.engine.collect"  # the code that a kept pass depends on
 
 
@@ -87,13 +87,12 @@ def collect(
 
 def write_tables(folder: Path, found: Scores, names: list[str]) -> None:
     """classes.csv and neighbours.csv."""
-    header = ["label", "class", "samples", "real", "fd", "accuracy"]
-    classes = [[row.label, names[row.label] if row.label < len(names) else "", *astuple(row)[1:]]
-               for row in found.classes]  # fmt: skip
-    for name, rows in (("classes", [header, *classes]), ("neighbours", table_rows(found.neighbours))):
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        (folder / f"{name}.csv").write_text(text.getvalue(), encoding="utf-8")
+    classes: list[Row] = [
+        {"label": row.label, "class": names[row.label] if row.label < len(names) else "", **asdict(row)}
+        for row in found.classes
+    ]
+    (folder / "classes.csv").write_text(make_csv(classes, CLASS_COLUMNS), encoding="utf-8")
+    (folder / "neighbours.csv").write_text(make_csv(table_rows(found.neighbours)), encoding="utf-8")
 
 
 def report(

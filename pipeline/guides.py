@@ -1,4 +1,4 @@
-"""What guides a sampling beside the model itself, loaded from where its training left it."""
+"""What a sampling needs beside the model itself: its guides, and the images that contexts are made of."""
 
 from __future__ import annotations
 
@@ -8,10 +8,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline import paths
 from pipeline.build.networks import build_network, build_schedule
+from pipeline.data.index import ShardIndex, load_index
 from pipeline.engine.checkpoint import GUIDE_NAME, load_model_spec, load_weights
 from pipeline.errors import UserError
 from pipeline.sections import SampleParams
+
+
+def load_context_images(spec: dict[str, Any]) -> ShardIndex | None:
+    """The real images that contexts are made of; None for a model without a context.
+
+    Raises:
+        UserError: they are not of the model's size, channels and classes.
+    """
+    if "context" not in spec:
+        return None
+    images, network = load_index(paths.SHARDS), spec["network"]
+    found = (images.image_size, images.channels, list(images.classes))
+    if found != (network["image_size"], network["channels"], spec["classes"]):
+        raise UserError(f"{paths.SHARDS} holds other images than the model was trained on: run `dvc repro`")
+    return images
 
 
 def load_guide(folder: Path, spec: dict[str, Any], device: torch.device) -> nn.Module:

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from pipeline import paths
 from pipeline.build.networks import build_network, build_schedule, place_network
 from pipeline.build.sampling import build_sampler
-from pipeline.data.index import ShardIndex, load_index
 from pipeline.engine.candidates import Candidate, load_average, load_guide_weights
-from pipeline.engine.checkpoint import WEIGHTS_NAME, image_form
+from pipeline.engine.checkpoint import WEIGHTS_NAME
 from pipeline.engine.generate import ImageSampler
 from pipeline.errors import UserError
 from pipeline.first_stage import WEIGHTS, WEIGHTS_IN_MODEL, load_first_stage
-from pipeline.guides import load_classifier
+from pipeline.guides import load_classifier, load_context_images
 from pipeline.runtime.files import sha256_file, sha256_json
 from pipeline.sections import SampleParams
 
@@ -52,7 +51,7 @@ class LoadedCandidate:
         kept = candidate.folder / WEIGHTS_IN_MODEL
         place = paths.FIRST_STAGE / WEIGHTS if candidate.is_checkpoint else kept
         self.first_stage = load_first_stage(self.spec, place, device)
-        self.images = load_context_images(candidate)
+        self.images = load_context_images(self.spec)
 
     def _build(self, weights: dict[str, Tensor], channels_last: bool | None) -> nn.Module:
         network = build_network(self.spec)
@@ -111,21 +110,6 @@ class CountedSampler:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-
-
-def load_context_images(candidate: Candidate) -> ShardIndex | None:
-    """The real images that contexts are made of; None for a model without a context.
-
-    Raises:
-        UserError: they are not of its size, channels and classes.
-    """
-    if "context" not in candidate.spec:
-        return None
-    images = load_index(paths.SHARDS)
-    expected = (*image_form(candidate.spec), candidate.spec["classes"])
-    if (images.channels, images.image_size, list(images.classes)) != expected:
-        raise UserError(f"{candidate.name} needs contexts of images as it was trained on: {paths.SHARDS} has others")
-    return images
 
 
 def weight_hashes(candidate: Candidate, ema: str, sample: SampleParams) -> dict[str, str]:

@@ -18,14 +18,13 @@ from pipeline import paths
 from pipeline.build.networks import build_network, build_schedule, place_network
 from pipeline.build.sampling import build_sampler
 from pipeline.config import load_params
-from pipeline.data.index import ShardIndex, load_index
+from pipeline.data.index import ShardIndex
 from pipeline.data.writer import Sample, write_shards
 from pipeline.engine.checkpoint import GUIDE_NAME, WEIGHTS_NAME, image_form, load_model_spec, load_weights
 from pipeline.engine.film import draw_film
 from pipeline.engine.generate import GRID_ROWS, ImageSampler, generate_blocks, read_blocks
-from pipeline.errors import UserError
 from pipeline.first_stage import WEIGHTS_IN_MODEL, load_first_stage
-from pipeline.guides import load_guides
+from pipeline.guides import load_context_images, load_guides
 from pipeline.lineage import stage_key
 from pipeline.machine import load_machine
 from pipeline.runtime.files import locked_folder, sha256_file, whole_file
@@ -65,21 +64,6 @@ def main() -> None:
                 report(tracker, params, spec, time.monotonic() - started)
                 shutil.rmtree(folder)
             topology.barrier()
-
-
-def load_context_images(spec: dict[str, Any]) -> ShardIndex | None:
-    """The real images that contexts are made of; None for a model without a context.
-
-    Raises:
-        UserError: they are not of the model's size, channels and classes.
-    """
-    if "context" not in spec:
-        return None
-    images, network = load_index(paths.SHARDS), spec["network"]
-    found = (images.image_size, images.channels, list(images.classes))
-    if found != (network["image_size"], network["channels"], spec["classes"]):
-        raise UserError(f"{paths.SHARDS} holds other images than the model was trained on: run `dvc repro`")
-    return images
 
 
 def input_files(params: SampleParams) -> dict[str, Path]:

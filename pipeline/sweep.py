@@ -39,7 +39,7 @@ from pipeline.scoring import Scorer, Target, check_images, point_key
 log = logging.getLogger(__name__)
 _NAMES = {
     "CKPT": "models, checkpoints, patterns of them, models:/NAME@best; A=PLACE calls one A (default: model)",
-    "EMA": "average | network | a width: half-life in images, or below 1 a relative one (default: average)",
+    "EMA": "average | network (of checkpoints, as trained) | the average's half-life in images (default: average)",
     "SAMPLER": "ddim | ddpm | dpm_solver | heun",
     "STEPS": "of the sampler",
     "SPACING": "of the steps: trailing | leading | linspace | quad | logsnr",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.data.pixels import make_grid
 from pipeline.engine.collect import ImageReader, spread
+from pipeline.engine.tables import Row
 
 SHOWN = 3  # neighbours of a sample
 _NEAREST_ROWS, _SPREAD_ROWS = 5, 5
@@ -67,17 +68,20 @@ def find_nearest(queries: Tensor, pool: Tensor, ids: NDArray[np.int64]) -> Neare
     return Nearest(ids[places.numpy()], exact.numpy())
 
 
-def table_rows(neighbours: Neighbours) -> list[list[object]]:
-    """neighbours.csv: a header, then one line a sample with its nearest real image either way."""
-    rows: list[list[object]] = [
-        ["sample", "real_by_pixels", "pixel_distance", "real_by_features", "feature_distance", "memorised"]
+def table_rows(neighbours: Neighbours) -> list[Row]:
+    """neighbours.csv: a line a sample with its nearest real image either way."""
+    pixels, features = neighbours.by_pixels, neighbours.by_features
+    return [
+        {
+            "sample": sample,
+            "real_by_pixels": int(pixels.ids[place, 0]),
+            "pixel_distance": f"{pixels.distances[place, 0]:.6g}",
+            "real_by_features": int(features.ids[place, 0]),
+            "feature_distance": f"{features.distances[place, 0]:.6g}",
+            "memorised": int(neighbours.memorised[place]),
+        }
+        for place, sample in enumerate(neighbours.samples.tolist())
     ]
-    for place, sample in enumerate(neighbours.samples.tolist()):
-        line: list[object] = [sample]
-        for nearest in (neighbours.by_pixels, neighbours.by_features):
-            line += [int(nearest.ids[place, 0]), f"{nearest.distances[place, 0]:.6g}"]
-        rows.append([*line, int(neighbours.memorised[place])])
-    return rows
 
 
 def draw_neighbours(neighbours: Neighbours, read_samples: ImageReader, read_real: ImageReader) -> Image.Image:

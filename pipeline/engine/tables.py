@@ -10,11 +10,11 @@ Value = str | int | float
 Row = dict[str, Value | None]
 
 
-def make_csv(rows: Sequence[Row]) -> str:
-    """Every column of every row, numbers in full."""
+def make_csv(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """Every column of every row, or those named, which are then there without any row too; numbers in full."""
     table = io.StringIO()
-    columns = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(table, fieldnames=list(columns), lineterminator="\n", restval="")
+    columns = list(dict.fromkeys(name for row in rows for name in row)) if columns is None else columns
+    writer = csv.DictWriter(table, fieldnames=columns, lineterminator="\n", restval="")
     writer.writeheader()
     writer.writerows(rows)
     return table.getvalue()

@@ -257,7 +257,6 @@ def test_points_are_runs_below_the_sweep_and_the_sweep_below_the_training(sweep,
 def test_a_foreign_model_needs_no_run_of_a_training(sweep, monkeypatch) -> None:
     monkeypatch.setenv("PIPELINE_TRACKING", "1")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody there: the scores come all the same
-    monkeypatch.setattr("pipeline.runtime.tracking.Tracker.close", lambda *_: None)
     sweep(*QUICK, "NAME=s")
     events = [json.loads(line) for line in next(Path(".state/tracking").rglob("events.jsonl")).read_text().splitlines()]
     assert [event["kind"] for event in events].count("child") == 1
