@@ -189,9 +189,6 @@ def make_page() -> str:
         parts.append(make_table(rows))
         parts.append("\n".join(f"- `{row['bar']}`: {row['note']}" for row in rows if row["note"]))
         parts += [f"Machine: {machine}." for machine in dict.fromkeys(row["machine"] for row in rows)]
-    if waiting := sorted(set(find_benchmarks()) - set(load_results())):
-        parts.append("## Written and not yet measured on a quiet machine")
-        parts.append("\n".join(f"- `python -m bench {name}`" for name in waiting))
     parts.append("## Peers that could not be run, and why")
     parts.append("\n".join(f"- **{name}**: {reason}" for name, reason in NOT_RUN.items()))
     return "\n\n".join(part for part in parts if part) + "\n"
