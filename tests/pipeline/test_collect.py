@@ -117,7 +117,9 @@ def test_what_ranks_left_is_taken_over_by_another_number_of_them(
     assert read.seen == []
 
 
-def test_a_pass_that_was_stopped_twice_goes_on(whole: FeatureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_was_stopped_twice_goes_on(
+    whole: FeatureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.engine.collect._SAVE_SECONDS", -1.0)
     for stop_at in (14, 30):
         with pytest.raises(KeyboardInterrupt):
