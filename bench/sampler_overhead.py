@@ -28,6 +28,7 @@ from ddpm_core import ClassifierFreeGuidance, UNet, register_schedule, sample_dd
 SHAPE = (16, 3, 32, 32)
 STEPS, CHAINS = 50, 10
 ROUNDS, CFG_ROUNDS = 30, 40
+REST_SECONDS = 0.1
 PEER = f"""
 import json, os, sys, time
 import torch
@@ -62,12 +63,14 @@ def seconds_of(work: Callable[[], object], repeats: int) -> float:
 
 
 def take_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each side measured, one after another in turning order, after two rounds that warm up."""
+    """What each side measured, one after another in turning order, after two rounds that warm up. Before each turn a
+    rest, in which the threads of the side before stop to wait for work: OpenMP's keep a core busy for a while."""
     names = list(sides)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-2, rounds):
         for place in range(len(names)):
             name = names[(round_ + place) % len(names)]
+            time.sleep(REST_SECONDS)
             taken = sides[name]()
             if round_ >= 0:
                 seconds[name].append(taken)
